@@ -1,0 +1,201 @@
+//! The model card: what a runtime must know about an ONNX file, and where the model came from.
+//! It travels as JSON in `metadata_props` under [`CARD_KEY`], its provenance also as `card.json` beside checkpoints.
+
+use serde::{Deserialize, Serialize};
+
+use crate::schedule::ScheduleConfig;
+use crate::{Error, Result};
+
+/// Key of the card in an ONNX file's `metadata_props`.
+pub const CARD_KEY: &str = "dmd.card";
+/// Version of the card's layout.
+pub const CARD_VERSION: u32 = 1;
+/// Generator input: standard normal noise `[n, c, h, w]`.
+pub const INPUT_Z: &str = "z";
+/// Optional input: class index per image, int64 `[n]`.
+pub const INPUT_CLASS: &str = "class";
+/// Generator output: image `[n, c, h, w]` in the card's range.
+pub const OUTPUT_X_GEN: &str = "x_gen";
+/// Teacher input: noisy image `[n, c, h, w]`.
+pub const INPUT_X_T: &str = "x_t";
+/// Teacher input: step per image, f32 `[n]`.
+pub const INPUT_T: &str = "t";
+/// Teacher output: predicted noise `[n, c, h, w]`.
+pub const OUTPUT_EPS_PRED: &str = "eps_pred";
+/// Symbolic batch dimension of every input and output.
+pub const BATCH: &str = "n";
+
+/// What the file computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// `z` (and `class`) to `x_gen`, one step.
+    Generator,
+    /// `x_t`, `t` (and `class`) to `eps_pred`.
+    Teacher,
+}
+
+/// Size and value range of the images.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageSpec {
+    /// Channels.
+    pub channels: usize,
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+    /// Values of black and white.
+    pub range: [f32; 2],
+}
+
+/// The classes a conditional model knows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Classes {
+    /// Number of real classes; valid values of `class` are `0..count`.
+    pub count: usize,
+    /// Their names, in order; empty if unknown.
+    #[serde(default)]
+    pub names: Vec<String>,
+    /// Row of the class table that means "no class", if the model was trained with one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub none: Option<usize>,
+}
+
+/// The base model a network was trained from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Base {
+    /// Preset, hub id or folder name.
+    pub id: String,
+    /// SHA-256 of its weights file, hexadecimal.
+    pub sha256: String,
+}
+
+/// Where a model came from: `card.json` beside a checkpoint, and part of the card in an ONNX file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// Name to show.
+    pub name: String,
+    /// Classes, if conditional.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub classes: Option<Classes>,
+    /// Base model, if this one was distilled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Base>,
+    /// Method, steps, images, seed, ….
+    #[serde(default)]
+    pub training: serde_json::Map<String, serde_json::Value>,
+    /// What was measured.
+    #[serde(default)]
+    pub metrics: serde_json::Map<String, serde_json::Value>,
+}
+
+/// The properties that make a denoiser a one-step generator: `generator.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GeneratorConfig {
+    /// Fixed step at which the network is asked.
+    pub t_gen: usize,
+    /// Factor on `z` before the network.
+    pub input_scale: f64,
+}
+
+/// Everything a runtime needs to know about an ONNX file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelCard {
+    /// [`CARD_VERSION`].
+    pub card_version: u32,
+    /// Generator or teacher.
+    pub kind: Kind,
+    /// Architecture of the network.
+    pub arch: String,
+    /// Size and range of the images.
+    pub image: ImageSpec,
+    /// Name, classes, base, training, metrics.
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    /// Fixed step of a generator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub t_gen: Option<usize>,
+    /// `alpha_t` at `t_gen`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alpha_t: Option<f64>,
+    /// `sigma_t` at `t_gen`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sigma_t: Option<f64>,
+    /// Noise schedule of the base.
+    pub schedule: ScheduleConfig,
+    /// Noise contract: [`crate::noise::CONTRACT`].
+    pub noise: String,
+    /// Type of the stored weights.
+    pub dtype: String,
+    /// Numbers stored as weights in the file.
+    pub parameters: usize,
+    /// Multiply-accumulate operations per image.
+    pub macs: u64,
+    /// Program and version that wrote the file.
+    pub created_by: String,
+}
+
+impl Classes {
+    /// Class of image `k` where none is asked: `k mod count`.
+    pub fn of_image(&self, k: u64) -> usize {
+        (k % self.count.max(1) as u64) as usize
+    }
+
+    /// Finds a class by number or by name (upper or lower case).
+    pub fn find(&self, text: &str) -> Result<usize> {
+        let by_name = self.names.iter().position(|n| n.eq_ignore_ascii_case(text));
+        match by_name.or_else(|| text.parse().ok().filter(|c| *c < self.count)) {
+            Some(class) => Ok(class),
+            None => Err(Error::Request(format!(
+                "got class `{text}`, expected 0 to {}{}",
+                self.count.saturating_sub(1),
+                if self.names.is_empty() {
+                    String::new()
+                } else {
+                    format!(" or a name: {}", self.names.join(", "))
+                }
+            ))),
+        }
+    }
+}
+
+impl ModelCard {
+    /// Reads and checks the JSON of `metadata_props`.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let version = serde_json::from_str::<serde_json::Value>(text)
+            .map_err(|e| Error::Card(format!("not JSON: {e}")))?
+            .get("card_version")
+            .and_then(serde_json::Value::as_u64);
+        if version != Some(u64::from(CARD_VERSION)) {
+            let got = version.map_or("none".to_owned(), |v| v.to_string());
+            return Err(Error::Card(format!("got `card_version` {got}, expected {CARD_VERSION}")));
+        }
+        let card: Self = serde_json::from_str(text).map_err(|e| Error::Card(e.to_string()))?;
+        let ImageSpec { channels, height, width, range } = &card.image;
+        if [*channels, *height, *width].iter().any(|n| *n == 0 || *n > 1 << 16) {
+            return Err(Error::Card(format!("got image {channels}x{height}x{width}")));
+        }
+        if !(range[0] < range[1] && range.iter().all(|v| v.is_finite())) {
+            return Err(Error::Card(format!("got image range {range:?}, expected lower then upper")));
+        }
+        if card.noise != crate::noise::CONTRACT {
+            return Err(Error::Card(format!(
+                "got noise contract `{}`, expected `{}`",
+                card.noise,
+                crate::noise::CONTRACT
+            )));
+        }
+        if let Some(c) = &card.provenance.classes
+            && (c.count == 0 || (!c.names.is_empty() && c.names.len() != c.count))
+        {
+            return Err(Error::Card(format!("got {} class names for {} classes", c.names.len(), c.count)));
+        }
+        Ok(card)
+    }
+
+    /// `[channels, height, width]`.
+    pub fn image_shape(&self) -> [usize; 3] {
+        [self.image.channels, self.image.height, self.image.width]
+    }
+}

@@ -1,0 +1,337 @@
+//! Architecture of a denoiser as `config.json` of diffusers describes it.
+//!
+//! Source: diffusers `UNet2DModel` (0.42). Keys that only keep books (`_class_name`, …) are ignored, every other
+//! key is either implemented or refused by name; missing keys take the values diffusers gives them.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::{Error, Result};
+
+/// A network this toolkit can run, selected by `_class_name`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Map<String, Value>", into = "Map<String, Value>")]
+pub enum ModelConfig {
+    /// diffusers `UNet2DModel`.
+    UNet2D(UNet2DConfig),
+}
+
+/// One resolution of a U-Net.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Block {
+    /// Residual blocks alone (`DownBlock2D`, `UpBlock2D`).
+    Plain,
+    /// Self-attention after each residual block (`AttnDownBlock2D`, `AttnUpBlock2D`).
+    Attention,
+}
+
+/// diffusers `UNet2DModel` with positional time embedding and optional class embedding.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UNet2DConfig {
+    /// Image side in pixels: input is `[n, in_channels, sample_size, sample_size]`.
+    pub sample_size: usize,
+    /// Channels of the noisy image.
+    pub in_channels: usize,
+    /// Channels of the predicted noise; equal to `in_channels`.
+    pub out_channels: usize,
+    /// Channels per resolution, finest first; each a multiple of `norm_num_groups`.
+    pub block_out_channels: Vec<usize>,
+    /// Kind of each resolution on the way down, finest first.
+    pub down_blocks: Vec<Block>,
+    /// Kind of each resolution on the way up, coarsest first.
+    pub up_blocks: Vec<Block>,
+    /// Residual blocks per resolution on the way down; one more on the way up.
+    pub layers_per_block: usize,
+    /// Attention in the middle block.
+    pub add_attention: bool,
+    /// Channels per attention head; none means one head.
+    pub attention_head_dim: Option<usize>,
+    /// 1: symmetric padding of the strided convolution; 0: one row and column of zeros at the bottom and right.
+    pub downsample_padding: usize,
+    /// Time embedding is `[cos, sin]` instead of `[sin, cos]`.
+    pub flip_sin_to_cos: bool,
+    /// Subtracted from the number of frequencies in the time embedding's exponent.
+    pub freq_shift: f64,
+    /// Groups of every GroupNorm.
+    pub norm_num_groups: usize,
+    /// Epsilon of every GroupNorm.
+    pub norm_eps: f64,
+    /// Rows of the class embedding table, if the model is class-conditional.
+    pub num_class_embeds: Option<usize>,
+}
+
+impl ModelConfig {
+    /// Reads `config.json`.
+    pub fn from_json(text: &str) -> Result<Self> {
+        serde_json::from_str::<Map<String, Value>>(text)
+            .map_err(|e| Error::config("config.json", format!("not a JSON object: {e}")))?
+            .try_into()
+    }
+
+    /// `[channels, height, width]` of the image.
+    pub fn image_shape(&self) -> [usize; 3] {
+        match self {
+            Self::UNet2D(c) => [c.in_channels, c.sample_size, c.sample_size],
+        }
+    }
+
+    /// Rows of the class table, if the model takes a class.
+    pub fn class_rows(&self) -> Option<usize> {
+        match self {
+            Self::UNet2D(c) => c.num_class_embeds,
+        }
+    }
+
+    /// Value range of the images the network was made for.
+    pub fn range(&self) -> [f32; 2] {
+        match self {
+            Self::UNet2D(_) => [-1.0, 1.0],
+        }
+    }
+
+    /// Short name of the architecture, for the model card.
+    pub fn arch(&self) -> &'static str {
+        match self {
+            Self::UNet2D(_) => "unet2d",
+        }
+    }
+}
+
+impl TryFrom<Map<String, Value>> for ModelConfig {
+    type Error = Error;
+
+    fn try_from(map: Map<String, Value>) -> Result<Self> {
+        match map.get("_class_name").and_then(Value::as_str) {
+            Some("UNet2DModel") => Ok(Self::UNet2D(UNet2DConfig::from_map(map)?)),
+            Some(other) => {
+                Err(Error::config("_class_name", format!("got `{other}`, expected `UNet2DModel`")))
+            }
+            None => Err(Error::config("_class_name", "missing, expected `UNet2DModel`")),
+        }
+    }
+}
+
+impl From<ModelConfig> for Map<String, Value> {
+    fn from(config: ModelConfig) -> Self {
+        match config {
+            ModelConfig::UNet2D(c) => c.to_map(),
+        }
+    }
+}
+
+impl UNet2DConfig {
+    fn from_map(map: Map<String, Value>) -> Result<Self> {
+        let mut keys = Keys(map);
+        let config = Self {
+            sample_size: keys.side("sample_size")?,
+            in_channels: keys.take("in_channels", 3)?,
+            out_channels: keys.take("out_channels", 3)?,
+            block_out_channels: keys.take("block_out_channels", vec![224, 448, 672, 896])?,
+            down_blocks: keys.blocks(
+                "down_block_types",
+                ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+                ["DownBlock2D", "AttnDownBlock2D"],
+            )?,
+            up_blocks: keys.blocks(
+                "up_block_types",
+                ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+                ["UpBlock2D", "AttnUpBlock2D"],
+            )?,
+            layers_per_block: keys.take("layers_per_block", 2)?,
+            add_attention: keys.take("add_attention", true)?,
+            attention_head_dim: keys.take("attention_head_dim", Some(8))?,
+            downsample_padding: keys.take("downsample_padding", 1)?,
+            flip_sin_to_cos: keys.take("flip_sin_to_cos", true)?,
+            freq_shift: keys.take("freq_shift", 0.0)?,
+            norm_num_groups: keys.take("norm_num_groups", 32)?,
+            norm_eps: keys.take("norm_eps", 1e-5)?,
+            num_class_embeds: keys.take("num_class_embeds", None)?,
+        };
+        keys.only("center_input_sample", json!(false))?;
+        keys.only("time_embedding_type", json!("positional"))?;
+        keys.only("time_embedding_dim", Value::Null)?;
+        keys.only("mid_block_type", json!("UNetMidBlock2D"))?;
+        keys.only("mid_block_scale_factor", json!(1.0))?;
+        keys.only("downsample_type", json!("conv"))?;
+        keys.only("upsample_type", json!("conv"))?;
+        keys.only("dropout", json!(0.0))?;
+        keys.only("act_fn", json!("silu"))?;
+        keys.only("attn_norm_num_groups", Value::Null)?;
+        keys.only("resnet_time_scale_shift", json!("default"))?;
+        keys.only("class_embed_type", Value::Null)?;
+        keys.take::<Option<usize>>("num_train_timesteps", None)?;
+        keys.finish()?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    fn to_map(&self) -> Map<String, Value> {
+        let names = |blocks: &[Block], names: [&str; 2]| -> Vec<String> {
+            blocks.iter().map(|b| names[usize::from(*b == Block::Attention)].to_owned()).collect()
+        };
+        let value = json!({
+            "_class_name": "UNet2DModel",
+            "sample_size": self.sample_size,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "block_out_channels": self.block_out_channels,
+            "down_block_types": names(&self.down_blocks, ["DownBlock2D", "AttnDownBlock2D"]),
+            "up_block_types": names(&self.up_blocks, ["UpBlock2D", "AttnUpBlock2D"]),
+            "layers_per_block": self.layers_per_block,
+            "add_attention": self.add_attention,
+            "attention_head_dim": self.attention_head_dim,
+            "downsample_padding": self.downsample_padding,
+            "flip_sin_to_cos": self.flip_sin_to_cos,
+            "freq_shift": self.freq_shift,
+            "norm_num_groups": self.norm_num_groups,
+            "norm_eps": self.norm_eps,
+            "num_class_embeds": self.num_class_embeds,
+            "act_fn": "silu",
+            "time_embedding_type": "positional",
+        });
+        match value {
+            Value::Object(map) => map,
+            _ => Map::new(),
+        }
+    }
+
+    fn validate(&self) -> Result<()> {
+        let levels = self.block_out_channels.len();
+        for (key, got) in [("down_block_types", self.down_blocks.len()), ("up_block_types", self.up_blocks.len())]
+        {
+            if got != levels {
+                return Err(Error::config(
+                    key,
+                    format!("got {got} blocks, expected {levels} as in `block_out_channels`"),
+                ));
+            }
+        }
+        let positive = [
+            ("sample_size", self.sample_size),
+            ("in_channels", self.in_channels),
+            ("layers_per_block", self.layers_per_block),
+            ("norm_num_groups", self.norm_num_groups),
+            ("block_out_channels", levels),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, v)| *v == 0) {
+            return Err(Error::config(key, "got 0, expected at least 1"));
+        }
+        let limits = [
+            ("sample_size", self.sample_size, 4096),
+            ("in_channels", self.in_channels, 1024),
+            ("layers_per_block", self.layers_per_block, 64),
+            ("block_out_channels", levels, 12),
+            ("block_out_channels", self.block_out_channels.iter().copied().max().unwrap_or(0), 65_536),
+            ("num_class_embeds", self.num_class_embeds.unwrap_or(0), 1 << 20),
+        ];
+        if let Some((key, got, limit)) = limits.iter().find(|(_, got, limit)| got > limit) {
+            return Err(Error::config(key, format!("got {got}, expected at most {limit}")));
+        }
+        if self.out_channels != self.in_channels {
+            return Err(Error::config(
+                "out_channels",
+                format!(
+                    "got {}, expected {} as `in_channels` (learned variance is not implemented)",
+                    self.out_channels, self.in_channels
+                ),
+            ));
+        }
+        for &c in &self.block_out_channels {
+            if c == 0 || c % self.norm_num_groups != 0 {
+                return Err(Error::config(
+                    "block_out_channels",
+                    format!("got {c}, expected a multiple of `norm_num_groups` = {}", self.norm_num_groups),
+                ));
+            }
+            if let Some(d) = self.attention_head_dim
+                && (d == 0 || c % d != 0)
+            {
+                return Err(Error::config("attention_head_dim", format!("{c} channels do not split into {d}")));
+            }
+        }
+        if self.block_out_channels[0] % 2 != 0 {
+            return Err(Error::config("block_out_channels", "the first must be even (sine and cosine halves)"));
+        }
+        if self.downsample_padding > 1 {
+            return Err(Error::config(
+                "downsample_padding",
+                format!("got {}, expected 0 or 1", self.downsample_padding),
+            ));
+        }
+        if self.freq_shift >= (self.block_out_channels[0] / 2) as f64 {
+            return Err(Error::config("freq_shift", format!("got {}, which divides by zero", self.freq_shift)));
+        }
+        let factor = 1usize << (levels - 1);
+        if self.sample_size % factor != 0 {
+            return Err(Error::config(
+                "sample_size",
+                format!("got {}, expected a multiple of {factor} ({levels} resolutions)", self.sample_size),
+            ));
+        }
+        if self.num_class_embeds == Some(0) {
+            return Err(Error::config("num_class_embeds", "got 0, expected at least 1"));
+        }
+        Ok(())
+    }
+
+    /// Attention heads for a block of `channels` channels.
+    pub fn heads(&self, channels: usize) -> usize {
+        self.attention_head_dim.map_or(1, |d| channels / d)
+    }
+}
+
+/// The keys of a JSON object that are still to be looked at.
+pub(crate) struct Keys(pub(crate) Map<String, Value>);
+
+impl Keys {
+    pub(crate) fn take<T: DeserializeOwned>(&mut self, key: &str, missing: T) -> Result<T> {
+        match self.0.remove(key) {
+            None => Ok(missing),
+            Some(v) => serde_json::from_value(v.clone()).map_err(|e| Error::config(key, format!("got {v}: {e}"))),
+        }
+    }
+
+    /// Accepts the key only with the one value that is implemented (which is also diffusers' own default).
+    pub(crate) fn only(&mut self, key: &str, expected: Value) -> Result<()> {
+        match self.0.remove(key) {
+            None => Ok(()),
+            Some(v) if v == expected => Ok(()),
+            Some(v) if v.as_f64().is_some() && v.as_f64() == expected.as_f64() => Ok(()),
+            Some(v) => Err(Error::config(key, format!("got {v}, only {expected} is implemented"))),
+        }
+    }
+
+    pub(crate) fn finish(self) -> Result<()> {
+        match self.0.iter().find(|(k, v)| !k.starts_with('_') && !v.is_null()) {
+            None => Ok(()),
+            Some((k, v)) => Err(Error::config(k, format!("got {v}, this key is not implemented"))),
+        }
+    }
+
+    fn side(&mut self, key: &str) -> Result<usize> {
+        let value = self.0.remove(key).unwrap_or(Value::Null);
+        let pair = serde_json::from_value::<[usize; 2]>(value.clone());
+        match (value.as_u64(), pair) {
+            (Some(n), _) => {
+                usize::try_from(n).map_err(|_| Error::config(key, format!("got {n}, which is too large")))
+            }
+            (None, Ok([h, w])) if h == w => Ok(h),
+            _ => Err(Error::config(key, format!("got {value}, expected the image side in pixels"))),
+        }
+    }
+
+    fn blocks(&mut self, key: &str, missing: [&str; 4], [plain, attention]: [&str; 2]) -> Result<Vec<Block>> {
+        let names: Vec<String> = self.take(key, missing.iter().map(|s| (*s).to_owned()).collect())?;
+        names
+            .iter()
+            .map(|name| match name.as_str() {
+                n if n == plain => Ok(Block::Plain),
+                n if n == attention => Ok(Block::Attention),
+                other => {
+                    Err(Error::config(key, format!("got `{other}`, expected `{plain}` or `{attention}`")))
+                }
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,14 @@
+//! What distillation, export and both runtimes must agree on to the bit: network descriptions, the noise
+//! schedule, the noise contract, pixels and the model card. No tensor library, no file access; builds for wasm32.
+#![forbid(unsafe_code)]
+
+pub mod card;
+pub mod compare;
+pub mod config;
+pub mod net;
+pub mod noise;
+pub mod pixels;
+pub mod schedule;
+
+mod error;
+pub use error::{Error, Result};

@@ -1,0 +1,72 @@
+//! The noise contract `dmd-noise-1`: image `k` of seed `s` is the same Gaussian noise on every machine.
+//!
+//! ChaCha with 8 rounds; the key is the seed as u64 little-endian in the first 8 bytes, then zeros; the stream
+//! (nonce) is `k`; the block counter starts at 0. Consecutive u32 words `a, b` give `u1 = (a + 1) / 2^32` and
+//! `u2 = b / 2^32`, and those the two values `sqrt(-2 ln u1)·cos(2π u2)` and `sqrt(-2 ln u1)·sin(2π u2)`, computed
+//! in f64 with the algorithms of musl's libm and rounded to f32. An odd last value uses only the cosine.
+//! Nothing here may depend on the batch size, on threads or on std's own mathematics (it differs between targets).
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+/// Name of the contract, as the model card records it.
+pub const CONTRACT: &str = "dmd-noise-1";
+
+/// Fills `out` with the standard normal noise of image `image` of seed `seed`.
+pub fn standard_normal(seed: u32, image: u64, out: &mut [f32]) {
+    normal(&mut stream(u64::from(seed), image), out);
+}
+
+/// The random words behind the contract: key `seed`, stream `stream`.
+pub fn stream(seed: u64, stream: u64) -> ChaCha8Rng {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    let mut rng = ChaCha8Rng::from_seed(key);
+    rng.set_stream(stream);
+    rng
+}
+
+/// Fills `out` with standard normal values from a stream of words (Box and Muller 1958).
+pub fn normal(rng: &mut impl Rng, out: &mut [f32]) {
+    const SCALE: f64 = 1.0 / 4_294_967_296.0;
+    for pair in out.chunks_mut(2) {
+        let u1 = (f64::from(rng.next_u32()) + 1.0) * SCALE;
+        let u2 = f64::from(rng.next_u32()) * SCALE;
+        let radius = libm::sqrt(-2.0 * libm::log(u1));
+        let angle = std::f64::consts::TAU * u2;
+        pair[0] = (radius * libm::cos(angle)) as f32;
+        if let Some(second) = pair.get_mut(1) {
+            *second = (radius * libm::sin(angle)) as f32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bits(seed: u32, image: u64, n: usize) -> Vec<u32> {
+        let mut out = vec![0.0; n];
+        standard_normal(seed, image, &mut out);
+        out.iter().map(|v| v.to_bits()).collect()
+    }
+
+    #[test]
+    fn an_image_does_not_depend_on_its_length_or_neighbours() {
+        assert_eq!(bits(42, 7, 5), bits(42, 7, 9)[..5]);
+        assert_ne!(bits(42, 7, 4), bits(42, 8, 4));
+        assert_ne!(bits(42, 7, 4), bits(43, 7, 4));
+    }
+
+    #[test]
+    fn it_is_standard_normal() {
+        let mut x = vec![0.0; 200_000];
+        standard_normal(1, 0, &mut x);
+        let n = x.len() as f64;
+        let mean = x.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
+        let moment = |p: i32| x.iter().map(|&v| (f64::from(v) - mean).powi(p)).sum::<f64>() / n;
+        assert!(mean.abs() < 0.01, "mean {mean}");
+        assert!((moment(2) - 1.0).abs() < 0.01, "variance {}", moment(2));
+        assert!((moment(4) - 3.0).abs() < 0.06, "fourth moment {}", moment(4));
+    }
+}
