@@ -1,0 +1,219 @@
+//! Checkpoint directories in diffusers layout: `config.json`, `scheduler_config.json`, weights as safetensors under
+//! the checkpoint's own names; `generator.json` for a one-step generator and `card.json` for where it came from.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use dmd_core::card::{GeneratorConfig, Provenance};
+use dmd_core::config::ModelConfig;
+use dmd_core::net::{OneStep, shapes};
+use dmd_core::schedule::{Schedule, ScheduleConfig};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::network::Tensors;
+
+/// Names the weights may have, ours first.
+const WEIGHTS: [&str; 2] = ["model.safetensors", "diffusion_pytorch_model.safetensors"];
+
+/// Where a checkpoint's files are.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// A folder, or its `unet/` and `scheduler/` as diffusers pipelines have them.
+    Folder(PathBuf),
+    /// Files inside this program: folder name for messages, then name and bytes.
+    Bundled(&'static str, &'static [(&'static str, &'static [u8])]),
+}
+
+/// A denoiser with its schedule and history.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    /// Architecture.
+    pub config: ModelConfig,
+    /// Forward process.
+    pub schedule: ScheduleConfig,
+    /// Present if this is a one-step generator.
+    pub generator: Option<GeneratorConfig>,
+    /// Where it came from.
+    pub provenance: Provenance,
+    /// Weights on the CPU, f32.
+    pub tensors: Tensors,
+    /// SHA-256 of the weights file; empty if never written.
+    pub sha256: String,
+}
+
+impl Source {
+    fn read(&self, name: &str) -> Result<Option<(PathBuf, Vec<u8>)>> {
+        match self {
+            Self::Bundled(folder, all) => Ok(all
+                .iter()
+                .find(|(n, _)| *n == name)
+                .map(|(n, bytes)| (Path::new(folder).join(n), bytes.to_vec()))),
+            Self::Folder(folder) => {
+                let candidates = ["", "unet", "scheduler"].map(|sub| folder.join(sub).join(name));
+                match candidates.into_iter().find(|p| p.is_file()) {
+                    Some(path) => files::read(&path).map(|bytes| Some((path, bytes))),
+                    None => Ok(None),
+                }
+            }
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Folder(p) => p.clone(),
+            Self::Bundled(name, _) => PathBuf::from(name),
+        }
+    }
+
+    fn json<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
+        match self.read(name)? {
+            None => Ok(None),
+            Some((path, bytes)) => {
+                serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::content(&path, e))
+            }
+        }
+    }
+
+    fn required<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        self.json(name)?.ok_or_else(|| {
+            Error::content(
+                &self.path(),
+                format!(
+                    "there is no `{name}`\n\nhint: a checkpoint folder has `config.json`, `scheduler_config.json` and \
+                     `{}`, as diffusers and dmd-distill write them",
+                    WEIGHTS[0]
+                ),
+            )
+        })
+    }
+}
+
+impl Checkpoint {
+    /// Reads and checks a checkpoint; every tensor must have the shape that `config.json` asks for.
+    pub fn load(source: &Source) -> Result<Self> {
+        if let Source::Folder(path) = source
+            && !path.is_dir()
+        {
+            return Err(Error::content(path, "there is no such folder"));
+        }
+        let config: ModelConfig = source.required("config.json")?;
+        let schedule = source.required("scheduler_config.json")?;
+        let name = source.path().file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
+        let provenance = source.json("card.json")?.unwrap_or(Provenance {
+            name,
+            classes: None,
+            base: None,
+            training: serde_json::Map::new(),
+            metrics: serde_json::Map::new(),
+        });
+        let mut found = None;
+        for name in WEIGHTS {
+            found = found.or(source.read(name)?);
+        }
+        let (path, bytes) = found.ok_or_else(|| {
+            Error::content(&source.path(), format!("there is no `{}` or `{}`", WEIGHTS[0], WEIGHTS[1]))
+        })?;
+        let tensors = read_tensors(&path, &bytes)?;
+        let shapes: Vec<(&str, &[usize])> = tensors.iter().map(|(n, t)| (n.as_str(), t.dims())).collect();
+        shapes::summarise(&config)?.check(shapes).map_err(|e| Error::content(&path, e))?;
+        for (name, tensor) in &tensors {
+            let total = tensor.abs()?.sum_all()?.to_scalar::<f32>()?;
+            if !total.is_finite() {
+                return Err(Error::content(&path, format!("tensor `{name}` holds values that are not finite")));
+            }
+        }
+        let generator = source.json("generator.json")?;
+        Ok(Self { config, schedule, generator, provenance, tensors, sha256: files::sha256(&bytes) })
+    }
+
+    /// Writes a new checkpoint folder: everything into a folder beside it, then renamed into place. A folder that is
+    /// already there is replaced only after the new one is complete.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        let partial = folder.with_extension("partial");
+        let _ = std::fs::remove_dir_all(&partial);
+        std::fs::create_dir_all(&partial).map_err(Error::file("create", &partial))?;
+        write_json(&partial.join("config.json"), &self.config)?;
+        write_json(&partial.join("scheduler_config.json"), &self.schedule)?;
+        write_json(&partial.join("card.json"), &self.provenance)?;
+        if let Some(generator) = &self.generator {
+            write_json(&partial.join("generator.json"), generator)?;
+        }
+        write_tensors(&partial.join(WEIGHTS[0]), &self.tensors, &[])?;
+        let old = folder.with_extension("old");
+        let _ = std::fs::remove_dir_all(&old);
+        if folder.exists() {
+            std::fs::rename(folder, &old).map_err(Error::file("replace", folder))?;
+        }
+        std::fs::rename(&partial, folder).map_err(Error::file("write", folder))?;
+        let _ = std::fs::remove_dir_all(&old);
+        Ok(())
+    }
+
+    /// The constants of the one-step generator; an error if this is a base.
+    pub fn one_step(&self) -> Result<OneStep> {
+        match &self.generator {
+            Some(g) => Ok(OneStep::new(g, &Schedule::new(&self.schedule))?),
+            None => Err(Error::Request(format!("`{}` is a base, not a one-step generator", self.provenance.name))),
+        }
+    }
+
+    /// Number of classes to draw from, if the model is conditional: the card's, else all rows of the table.
+    pub fn class_count(&self) -> Option<usize> {
+        self.provenance.classes.as_ref().map(|c| c.count).or(self.config.class_rows())
+    }
+}
+
+/// Writes JSON for people: indented, with a final newline.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value).map_err(|e| Error::content(path, e))?;
+    text.push('\n');
+    files::write(path, text.as_bytes())
+}
+
+/// Writes tensors with string metadata, atomically.
+pub fn write_tensors(path: &Path, tensors: &Tensors, metadata: &[(&str, String)]) -> Result<()> {
+    let metadata: HashMap<String, String> =
+        metadata.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
+    let metadata = (!metadata.is_empty()).then_some(metadata);
+    let mut on_cpu = Tensors::new();
+    for (name, tensor) in tensors {
+        on_cpu.insert(name.clone(), tensor.to_device(&Device::Cpu)?.contiguous()?);
+    }
+    let bytes = safetensors::serialize(&on_cpu, metadata).map_err(|e| Error::content(path, e))?;
+    files::write(path, &bytes)
+}
+
+/// Reads all tensors of a safetensors file as f32.
+pub fn read_tensors(path: &Path, bytes: &[u8]) -> Result<Tensors> {
+    let found = candle_core::safetensors::load_buffer(bytes, &Device::Cpu).map_err(|e| {
+        Error::content(
+            path,
+            format!("not a complete safetensors file ({e})\n\nhint: copy or download the file again"),
+        )
+    })?;
+    found
+        .into_iter()
+        .map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?)))
+        .collect::<candle_core::Result<_>>()
+        .map_err(Error::from)
+}
+
+/// The metadata of a safetensors file.
+pub fn read_metadata(path: &Path, bytes: &[u8]) -> Result<HashMap<String, String>> {
+    let (_, header) =
+        safetensors::SafeTensors::read_metadata(bytes).map_err(|e| Error::content(path, e))?;
+    Ok(header.metadata().clone().unwrap_or_default())
+}
+
+/// Copies of tensors that later changes to a variable do not reach.
+pub fn snapshot(tensors: &Tensors) -> Result<Tensors> {
+    tensors
+        .iter()
+        .map(|(name, tensor)| Ok((name.clone(), Tensor::copy(tensor)?.detach())))
+        .collect::<candle_core::Result<_>>()
+        .map_err(Error::from)
+}

@@ -1,0 +1,39 @@
+//! Writing so that a file is either the old one or the whole new one, and hashing.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+
+/// Replaces `path` by `bytes`: temporary file in the same folder, fsync, rename.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).map_err(Error::file("create", folder))?;
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::file("write", path))?;
+    file.write_all(bytes)
+        .and_then(|()| file.as_file().sync_all())
+        .map_err(Error::file("write", path))?;
+    file.persist(path).map_err(|e| Error::file("write", path)(e.error))?;
+    sync(folder)
+}
+
+/// Makes renames in a folder durable.
+fn sync(folder: &Path) -> Result<()> {
+    match File::open(folder) {
+        Ok(f) => f.sync_all().map_err(Error::file("write", folder)),
+        Err(e) => Err(Error::file("open", folder)(e)),
+    }
+}
+
+/// Reads a whole file.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(Error::file("read", path))
+}
+
+/// SHA-256 in hexadecimal.
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}

@@ -1,0 +1,99 @@
+//! A denoiser with its weights on a device: frozen or trainable.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor, Var};
+use dmd_core::config::ModelConfig;
+use dmd_core::net::{OneStep, denoise, one_step, shapes};
+
+use crate::error::Result;
+use crate::ops::CandleOps;
+use crate::random::{Purpose, Random};
+
+/// Tensors by checkpoint name.
+pub type Tensors = BTreeMap<String, Tensor>;
+
+/// A denoiser and its weights.
+pub struct Network {
+    /// What the weights describe.
+    pub config: ModelConfig,
+    parameters: Tensors,
+    variables: Vec<(String, Var)>,
+    device: Device,
+}
+
+impl Network {
+    /// Weights that never change and never get a gradient.
+    pub fn frozen(config: &ModelConfig, tensors: &Tensors, device: &Device) -> Result<Self> {
+        let mut parameters = Tensors::new();
+        for (name, tensor) in tensors {
+            parameters.insert(name.clone(), tensor.to_device(device)?.detach());
+        }
+        Ok(Self { config: config.clone(), parameters, variables: Vec::new(), device: device.clone() })
+    }
+
+    /// A copy of the weights as variables, in the order of their names.
+    pub fn trainable(config: &ModelConfig, tensors: &Tensors, device: &Device) -> Result<Self> {
+        let (mut parameters, mut variables) = (Tensors::new(), Vec::new());
+        for (name, tensor) in tensors {
+            let var = Var::from_tensor(&tensor.to_device(device)?)?;
+            parameters.insert(name.clone(), var.as_tensor().clone());
+            variables.push((name.clone(), var));
+        }
+        Ok(Self { config: config.clone(), parameters, variables, device: device.clone() })
+    }
+
+    /// Predicted noise.
+    ///
+    /// # Shapes
+    /// `x_t` `[n, c, h, w]`, `t` `[n]` or `[1]` f32, `class` `[n]` u32; returns `[n, c, h, w]`.
+    pub fn eps_pred(&self, x_t: &Tensor, t: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
+        Ok(denoise(&mut CandleOps::new(&self.parameters, &self.device), &self.config, x_t, t, class)?)
+    }
+
+    /// The image of the one-step generator that these weights make.
+    ///
+    /// # Shapes
+    /// `z` `[n, c, h, w]` standard normal, `class` `[n]` u32; returns `[n, c, h, w]` in the model's range.
+    pub fn one_step(&self, generator: &OneStep, z: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
+        Ok(one_step(&mut CandleOps::new(&self.parameters, &self.device), &self.config, generator, z, class)?)
+    }
+
+    /// All weights by name.
+    pub fn parameters(&self) -> &Tensors {
+        &self.parameters
+    }
+
+    /// The trainable weights, sorted by name; empty if frozen.
+    pub fn variables(&self) -> &[(String, Var)] {
+        &self.variables
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+/// Initial weights as PyTorch makes them: uniform in ±1/sqrt(fan in) for layers, 1 and 0 for norms, standard normal
+/// for embeddings.
+pub fn initial_weights(config: &ModelConfig, seed: u32) -> Result<Tensors> {
+    let summary = shapes::summarise(config)?;
+    let mut tensors = Tensors::new();
+    for (i, (name, shape)) in summary.parameters.iter().enumerate() {
+        let mut random = Random::new(seed, Purpose::Weights, i as u64);
+        let count = shape.iter().product::<usize>();
+        let layer = name.strip_suffix(".weight").or(name.strip_suffix(".bias")).unwrap_or(name);
+        let weight = &summary.parameters[&format!("{layer}.weight")];
+        let values = if layer.ends_with("class_embedding") {
+            random.normal(count)
+        } else if weight.len() == 1 {
+            vec![f32::from(name.ends_with(".weight")); count]
+        } else {
+            let bound = 1.0 / (weight[1..].iter().product::<usize>() as f64).sqrt();
+            (0..count).map(|_| ((random.unit() * 2.0 - 1.0) * bound) as f32).collect()
+        };
+        tensors.insert(name.clone(), Tensor::from_vec(values, shape.as_slice(), &Device::Cpu)?);
+    }
+    Ok(tensors)
+}

@@ -1,0 +1,54 @@
+//! Operations composed of candle's own, each with a right gradient on every device: what CUDA uses, and what the
+//! CPU kernels are checked against.
+
+use candle_core::{D, Result, Tensor};
+use dmd_core::net::{Conv2d, GroupNorm};
+
+/// See [`dmd_core::net::Ops::conv2d`].
+pub fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, spec: Conv2d) -> Result<Tensor> {
+    let [top, left, bottom, right] = spec.padding;
+    let symmetric = top == left && top == bottom && top == right;
+    let y = if symmetric {
+        x.conv2d(weight, top, spec.stride, 1, 1)?
+    } else {
+        let x = x.pad_with_zeros(2, top, bottom)?.pad_with_zeros(3, left, right)?;
+        x.conv2d(weight, 0, spec.stride, 1, 1)?
+    };
+    y.broadcast_add(&bias.reshape((1, spec.out_channels, 1, 1))?)
+}
+
+/// See [`dmd_core::net::Ops::group_norm`].
+pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, spec: GroupNorm) -> Result<Tensor> {
+    let (n, c, h, w) = x.dims4()?;
+    let grouped = x.reshape((n, spec.groups, c / spec.groups * h * w))?;
+    let centred = grouped.broadcast_sub(&grouped.mean_keepdim(2)?)?;
+    let variance = centred.sqr()?.mean_keepdim(2)?;
+    let normal = centred.broadcast_div(&(variance + spec.eps)?.sqrt()?)?.reshape((n, c, h, w))?;
+    let y = normal
+        .broadcast_mul(&weight.reshape((1, c, 1, 1))?)?
+        .broadcast_add(&bias.reshape((1, c, 1, 1))?)?;
+    if spec.silu { y.silu() } else { Ok(y) }
+}
+
+/// See [`dmd_core::net::Ops::add_bias`].
+pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    x.broadcast_add(&bias.unsqueeze(2)?.unsqueeze(3)?)
+}
+
+/// See [`dmd_core::net::Ops::upsample_nearest2x`].
+pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
+    let (n, c, h, w) = x.dims4()?;
+    x.reshape((n, c, h, 1, w, 1))?.broadcast_as((n, c, h, 2, w, 2))?.reshape((n, c, 2 * h, 2 * w))
+}
+
+/// See [`dmd_core::net::Ops::attention`]; the softmax is composed, because candle's fused one has no gradient.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
+    let (n, c, h, w) = q.dims4()?;
+    let split = |x: &Tensor| x.reshape((n * heads, c / heads, h * w));
+    let (q, k, v) = (split(q)?, split(k)?, split(v)?);
+    let q = (q * ((c / heads) as f64).powf(-0.5))?;
+    let scores = q.transpose(1, 2)?.contiguous()?.matmul(&k)?;
+    let scores = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    let weights = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?;
+    v.matmul(&weights.transpose(1, 2)?.contiguous()?)?.reshape((n, c, h, w))
+}

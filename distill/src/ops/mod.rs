@@ -1,0 +1,167 @@
+//! The denoisers' vocabulary on candle tensors, differentiable.
+//!
+//! On the CPU the operations below are the project's own: candle 0.11's are slow there, and several have a wrong or
+//! missing gradient. On other devices they are compositions of candle operations whose gradients are right.
+
+mod composed;
+mod conv;
+mod cpu;
+mod gemm;
+mod layout;
+mod norm;
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Result, Tensor};
+use dmd_core::net::{Conv2d, Embedding, GroupNorm, Linear, Ops, TimestepEmbedding};
+
+/// What can go wrong while a network runs.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The description and its inputs do not fit.
+    #[error(transparent)]
+    Core(#[from] dmd_core::Error),
+    /// candle could not do it.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// [`Ops`] on candle tensors; parameters by checkpoint name. A parameter that is a variable gets a gradient.
+pub struct CandleOps<'a> {
+    parameters: &'a BTreeMap<String, Tensor>,
+    device: &'a Device,
+}
+
+impl<'a> CandleOps<'a> {
+    /// Runs networks with these parameters, which are all on `device`.
+    pub fn new(parameters: &'a BTreeMap<String, Tensor>, device: &'a Device) -> Self {
+        Self { parameters, device }
+    }
+
+    fn get(&self, name: &str, suffix: &str) -> Result<&'a Tensor> {
+        let key = format!("{name}.{suffix}");
+        self.parameters
+            .get(&key)
+            .ok_or_else(|| candle_core::Error::CannotFindTensor { path: key }.bt())
+    }
+
+    fn affine(&self, name: &str) -> Result<(&'a Tensor, &'a Tensor)> {
+        Ok((self.get(name, "weight")?, self.get(name, "bias")?))
+    }
+}
+
+/// Sum of tensors whose first axis may be 1 in either.
+fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if a.dims() == b.dims() { a + b } else { a.broadcast_add(b) }
+}
+
+impl Ops for CandleOps<'_> {
+    type Value = Tensor;
+    type Error = Error;
+
+    fn timestep(&mut self, t: f64) -> std::result::Result<Tensor, Error> {
+        Ok(Tensor::new(&[t as f32], self.device)?)
+    }
+
+    fn timestep_embedding(
+        &mut self,
+        t: &Tensor,
+        spec: TimestepEmbedding,
+    ) -> std::result::Result<Tensor, Error> {
+        let frequencies: Vec<f32> = spec.frequencies().iter().map(|f| *f as f32).collect();
+        let frequencies = Tensor::new(frequencies, self.device)?.unsqueeze(0)?;
+        let angle = t.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?;
+        let (sin, cos) = (angle.sin()?, angle.cos()?);
+        let halves = if spec.flip_sin_to_cos { [cos, sin] } else { [sin, cos] };
+        Ok(Tensor::cat(&halves, 1)?)
+    }
+
+    fn embedding(&mut self, index: &Tensor, name: &str, _: Embedding) -> std::result::Result<Tensor, Error> {
+        Ok(self.get(name, "weight")?.index_select(index, 0)?)
+    }
+
+    fn linear(&mut self, x: &Tensor, name: &str, _: Linear) -> std::result::Result<Tensor, Error> {
+        let (weight, bias) = self.affine(name)?;
+        Ok(x.matmul(&weight.t()?)?.broadcast_add(bias)?)
+    }
+
+    fn pointwise(&mut self, x: &Tensor, name: &str, spec: Linear) -> std::result::Result<Tensor, Error> {
+        let (weight, bias) = self.affine(name)?;
+        let conv = Conv2d {
+            in_channels: spec.in_features,
+            out_channels: spec.out_features,
+            kernel: 1,
+            stride: 1,
+            padding: [0; 4],
+        };
+        let weight = weight.reshape((spec.out_features, spec.in_features, 1, 1))?;
+        Ok(convolution(x, &weight, bias, conv)?)
+    }
+
+    fn conv2d(&mut self, x: &Tensor, name: &str, spec: Conv2d) -> std::result::Result<Tensor, Error> {
+        let (weight, bias) = self.affine(name)?;
+        Ok(convolution(x, weight, bias, spec)?)
+    }
+
+    fn group_norm(&mut self, x: &Tensor, name: &str, spec: GroupNorm) -> std::result::Result<Tensor, Error> {
+        let (weight, bias) = self.affine(name)?;
+        Ok(match x.device() {
+            Device::Cpu => x.contiguous()?.apply_op3(weight, bias, norm::NormOp(spec))?,
+            _ => composed::group_norm(x, weight, bias, spec)?,
+        })
+    }
+
+    fn silu(&mut self, x: &Tensor) -> std::result::Result<Tensor, Error> {
+        Ok(x.silu()?)
+    }
+
+    fn add(&mut self, a: &Tensor, b: &Tensor) -> std::result::Result<Tensor, Error> {
+        Ok(add(a, b)?)
+    }
+
+    fn add_bias(&mut self, x: &Tensor, bias: &Tensor) -> std::result::Result<Tensor, Error> {
+        Ok(match x.device() {
+            Device::Cpu => x.contiguous()?.apply_op2(&bias.contiguous()?, layout::AddBias)?,
+            _ => composed::add_bias(x, bias)?,
+        })
+    }
+
+    fn scale(&mut self, x: &Tensor, factor: f64) -> std::result::Result<Tensor, Error> {
+        Ok((x * factor)?)
+    }
+
+    fn concat(&mut self, a: &Tensor, b: &Tensor) -> std::result::Result<Tensor, Error> {
+        Ok(match a.device() {
+            Device::Cpu => a.contiguous()?.apply_op2(&b.contiguous()?, layout::Concat)?,
+            _ => Tensor::cat(&[a, b], 1)?,
+        })
+    }
+
+    fn upsample_nearest2x(&mut self, x: &Tensor) -> std::result::Result<Tensor, Error> {
+        Ok(match x.device() {
+            Device::Cpu => x.contiguous()?.apply_op1(layout::Upsample)?,
+            _ => composed::upsample_nearest2x(x)?,
+        })
+    }
+
+    fn attention(
+        &mut self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        heads: usize,
+    ) -> std::result::Result<Tensor, Error> {
+        Ok(composed::attention(q, k, v, heads)?)
+    }
+}
+
+fn convolution(x: &Tensor, weight: &Tensor, bias: &Tensor, spec: Conv2d) -> Result<Tensor> {
+    match x.device() {
+        Device::Cpu => x.contiguous()?.apply_op3(&weight.contiguous()?, bias, conv::ConvOp(spec)),
+        _ => composed::conv2d(x, weight, bias, spec),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,64 @@
+//! Every random number of a run, as a function of (seed, purpose, step): a resumed run needs no generator state.
+
+use candle_core::{Device, Tensor};
+use dmd_core::noise;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::Rng;
+
+use crate::error::Result;
+
+/// What numbers are for. Purpose 0 is the public noise contract, so none of these collides with it.
+#[derive(Clone, Copy, Debug)]
+pub enum Purpose {
+    /// Initial weights.
+    Weights = 1,
+    /// Order of the training images.
+    Order = 2,
+    /// Base training: steps, noise, dropped labels.
+    Base = 3,
+    /// Generator updates.
+    Generator = 4,
+    /// Critic updates.
+    Critic = 5,
+}
+
+/// A stream of random numbers.
+pub struct Random(ChaCha8Rng);
+
+impl Random {
+    /// The stream of `purpose` number `step` in a run with seed `seed`.
+    pub fn new(seed: u32, purpose: Purpose, step: u64) -> Self {
+        Self(noise::stream((purpose as u64) << 32 | u64::from(seed), step))
+    }
+
+    /// Uniform in `0..bound`, by multiplication (bias below `bound / 2^32`).
+    pub fn below(&mut self, bound: usize) -> usize {
+        ((u64::from(self.0.next_u32()) * bound as u64) >> 32) as usize
+    }
+
+    /// Uniform in `[0, 1)`.
+    pub fn unit(&mut self) -> f64 {
+        f64::from(self.0.next_u32()) / 4_294_967_296.0
+    }
+
+    /// Standard normal values.
+    pub fn normal(&mut self, count: usize) -> Vec<f32> {
+        let mut out = vec![0.0; count];
+        noise::normal(&mut self.0, &mut out);
+        out
+    }
+
+    /// Standard normal tensor.
+    pub fn normal_tensor(&mut self, shape: &[usize], device: &Device) -> Result<Tensor> {
+        Ok(Tensor::from_vec(self.normal(shape.iter().product()), shape, device)?)
+    }
+
+    /// A permutation of `0..count` (Fisher and Yates).
+    pub fn permutation(&mut self, count: usize) -> Vec<u32> {
+        let mut order: Vec<u32> = (0..count as u32).collect();
+        for i in (1..count).rev() {
+            order.swap(i, self.below(i + 1));
+        }
+        order
+    }
+}

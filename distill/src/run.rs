@@ -1,0 +1,177 @@
+//! A run directory: `run.json`, `stats.jsonl`, `samples/`, `checkpoints/state.safetensors`.
+//!
+//! The state file is replaced atomically and carries its step; on resume, statistics after that step are dropped, so
+//! that an interrupted run continues as if nothing had happened.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+use dmd_core::pixels::{Image, grid, to_image};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::checkpoint::{read_metadata, read_tensors, write_json, write_tensors};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::network::Tensors;
+
+/// Folder of one run.
+pub struct Run {
+    /// Its path.
+    pub folder: PathBuf,
+}
+
+impl Run {
+    /// A new folder: `out`, or the next free `runs/NAME-NNN`.
+    pub fn create(out: Option<&Path>, name: &str) -> Result<Self> {
+        let folder = match out {
+            Some(folder) => folder.to_owned(),
+            None => free_name(Path::new("runs"), name)?,
+        };
+        if let Some(parent) = folder.parent().filter(|p| !p.as_os_str().is_empty()) {
+            fs::create_dir_all(parent).map_err(Error::file("create", parent))?;
+        }
+        match fs::create_dir(&folder) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+                return Err(Error::content(
+                    &folder,
+                    "it exists already\n\nhint: choose another `--out`, or continue the run there with `--resume`",
+                ));
+            }
+            Err(e) => return Err(Error::file("create", &folder)(e)),
+        }
+        Ok(Self { folder })
+    }
+
+    /// An existing run, to be continued.
+    pub fn open(folder: &Path) -> Result<Self> {
+        if folder.join("run.json").is_file() {
+            return Ok(Self { folder: folder.to_owned() });
+        }
+        Err(Error::content(folder, "there is no `run.json`\n\nhint: `--resume` takes a folder that dmd-distill made"))
+    }
+
+    /// A path inside the run.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Saves the resolved options.
+    pub fn save_options(&self, options: &impl Serialize) -> Result<()> {
+        write_json(&self.path("run.json"), options)
+    }
+
+    /// Reads the resolved options of an existing run.
+    pub fn options<T: DeserializeOwned>(&self) -> Result<T> {
+        let path = self.path("run.json");
+        serde_json::from_slice(&files::read(&path)?).map_err(|e| Error::content(&path, e))
+    }
+
+    /// Appends a line of statistics.
+    pub fn log(&self, line: &Value) -> Result<()> {
+        let path = self.path("stats.jsonl");
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .and_then(|mut f| writeln!(f, "{line}"))
+            .map_err(Error::file("write", &path))
+    }
+
+    /// All statistics so far.
+    pub fn stats(&self) -> Result<Vec<Value>> {
+        let text = self.stats_text()?;
+        Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+    }
+
+    fn stats_text(&self) -> Result<String> {
+        let path = self.path("stats.jsonl");
+        match path.exists() {
+            true => Ok(String::from_utf8_lossy(&files::read(&path)?).into_owned()),
+            false => Ok(String::new()),
+        }
+    }
+
+    /// Saves everything that training needs to go on after `step`.
+    pub fn save_state(&self, step: u64, tensors: &Tensors) -> Result<()> {
+        write_tensors(&self.path("checkpoints/state.safetensors"), tensors, &[("step", step.to_string())])
+    }
+
+    /// The last saved state and its step; none if training had not come to one. Drops later statistics.
+    pub fn load_state(&self) -> Result<Option<(u64, Tensors)>> {
+        let path = self.path("checkpoints/state.safetensors");
+        let step = if path.exists() {
+            let bytes = files::read(&path)?;
+            let step = read_metadata(&path, &bytes)?
+                .get("step")
+                .and_then(|s| s.parse::<u64>().ok())
+                .ok_or_else(|| Error::content(&path, "it does not say its step"))?;
+            Some((step, read_tensors(&path, &bytes)?))
+        } else {
+            None
+        };
+        let last = step.as_ref().map_or(0, |(step, _)| *step);
+        let step_of = |line: &str| serde_json::from_str::<Value>(line).ok()?["step"].as_u64();
+        let text = self.stats_text()?;
+        let kept: String = text
+            .lines()
+            .filter(|line| step_of(line).is_some_and(|s| s <= last))
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        files::write(&self.path("stats.jsonl"), kept.as_bytes())?;
+        Ok(step)
+    }
+}
+
+fn free_name(parent: &Path, name: &str) -> Result<PathBuf> {
+    (1..10_000)
+        .map(|i| parent.join(format!("{name}-{i:03}")))
+        .find(|p| !p.exists())
+        .ok_or_else(|| Error::content(parent, "10000 runs of this name exist"))
+}
+
+/// The images of a batch.
+///
+/// # Shapes
+/// `x`: `[n, c, h, w]` in `range`.
+pub fn images(x: &Tensor, range: [f32; 2]) -> Result<Vec<Image>> {
+    let (n, c, h, w) = x.dims4()?;
+    let values = x.flatten_all()?.to_vec1::<f32>()?;
+    Ok((0..n).map(|i| to_image(&values[i * c * h * w..(i + 1) * c * h * w], [c, h, w], range)).collect())
+}
+
+/// Writes a grid of images as PNG, each pixel enlarged to `zoom` by `zoom`.
+pub fn save_grid(path: &Path, images: &[Image], columns: usize, zoom: usize) -> Result<()> {
+    save_image(path, &enlarge(&grid(images, columns, 2), zoom))
+}
+
+/// Repeats every pixel `zoom` times in both directions.
+pub fn enlarge(image: &Image, zoom: usize) -> Image {
+    let Image { channels, height, width, data } = image;
+    let row = |y: usize| {
+        (0..width * zoom).flat_map(move |x| {
+            let at = (y / zoom * width + x / zoom) * channels;
+            &data[at..at + channels]
+        })
+    };
+    let data = (0..height * zoom).flat_map(row).copied().collect();
+    Image { channels: *channels, height: height * zoom, width: width * zoom, data }
+}
+
+/// Writes one image as PNG, atomically.
+pub fn save_image(path: &Path, image: &Image) -> Result<()> {
+    let kind = match image.channels {
+        1 => image::ExtendedColorType::L8,
+        3 => image::ExtendedColorType::Rgb8,
+        n => return Err(Error::content(path, format!("a PNG has 1 or 3 channels, the model {n}"))),
+    };
+    let mut bytes = Vec::new();
+    let encoder = image::codecs::png::PngEncoder::new(&mut bytes);
+    image::ImageEncoder::write_image(encoder, &image.data, image.width as u32, image.height as u32, kind)
+        .map_err(|e| Error::content(path, e))?;
+    files::write(path, &bytes)
+}
