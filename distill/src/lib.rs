@@ -1,16 +1,25 @@
 //! Distils a pretrained DDPM into a one-step generator (DMD, arXiv:2311.18828).
+//!
+//! The library behind `dmd-distill`: [`base`] finds a model, [`teacher`] trains one, [`pairs`] samples it,
+//! [`train`] distils it with the [`losses`] of the paper on the operations of [`ops`].
 
 pub mod base;
 pub mod checkpoint;
+pub mod commands;
 pub mod data;
+pub mod device;
 pub mod error;
 pub mod files;
 pub mod losses;
 pub mod network;
 pub mod ops;
 pub mod optimiser;
+pub mod options;
+pub mod pairs;
 pub mod progress;
 pub mod random;
+pub mod report;
 pub mod run;
 pub mod sampler;
 pub mod teacher;
+pub mod train;

@@ -1,15 +1,40 @@
-//! `dmd-distill`: temporary training driver.
-use std::path::PathBuf;
-use dmd_distill::{run::Run, teacher::*};
+//! `dmd-distill`: parses the command line, runs the command, turns errors into exit codes.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use dmd_distill::commands;
+use dmd_distill::error::{Error, Result};
+use dmd_distill::options::{Cli, Command};
+
 #[global_allocator]
-static ALLOC: mimalloc::MiMalloc = mimalloc::MiMalloc;
-fn main() -> anyhow::Result<()> {
-    let a: Vec<String> = std::env::args().collect();
-    let n = |i: usize| a[i].parse::<u64>().unwrap();
-    let o = TeacherOptions { command: "teacher".into(), base: "ddpm-fashion".into(), data: None, train_steps: n(2), batch: n(3) as usize, lr: a[4].parse().unwrap(), warmup: 100, ema: 0.999, drop_label: 0.1, seed: 1, save_every: 200, sample_every: n(5) };
-    dmd_distill::progress::handle_interrupts();
-    let p = PathBuf::from(&a[1]);
-    let run = if p.exists() { Run::open(&p)? } else { let r = Run::create(Some(&p), "x")?; r.save_options(&o)?; r };
-    println!("{}", train(&run, &o, &candle_core::Device::Cpu)?.display());
-    Ok(())
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    quiet_candle_threads();
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(if matches!(error, Error::Interrupted(_)) { 130 } else { 2 })
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    match cli.command {
+        None => commands::distill(cli.distill),
+        Some(Command::Bases { json }) => commands::bases(json),
+        Some(Command::Teacher(args)) => commands::teacher(&args),
+        Some(Command::Pairs(args)) => commands::pairs(&args),
+        Some(Command::Sample(args)) => commands::sample(&args),
+    }
+}
+
+/// Keeps candle's own thread pool, whose threads spin, from taking the cores that rayon's work runs on.
+#[expect(unsafe_code, reason = "set_var is safe here: no other thread has started yet")]
+fn quiet_candle_threads() {
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
 }

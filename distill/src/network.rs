@@ -43,6 +43,12 @@ impl Network {
         Ok(Self { config: config.clone(), parameters, variables, device: device.clone() })
     }
 
+    /// The same weights, following every later update, without gradients: nothing is kept for a backward pass.
+    pub fn without_gradient(&self) -> Self {
+        let parameters = self.parameters.iter().map(|(name, t)| (name.clone(), t.detach())).collect();
+        Self { config: self.config.clone(), parameters, variables: Vec::new(), device: self.device.clone() }
+    }
+
     /// Predicted noise.
     ///
     /// # Shapes

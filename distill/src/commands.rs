@@ -1,0 +1,216 @@
+//! What each command does, from parsed arguments to files.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use candle_core::{Device, Tensor};
+use dmd_core::net::shapes;
+use dmd_core::schedule::Schedule;
+
+use crate::base::{self, PRESETS};
+use crate::checkpoint::{Checkpoint, Source};
+use crate::error::{Error, Result};
+use crate::network::Network;
+use crate::options::{DistillArgs, PairsArgs, Recipe, SampleArgs, TeacherArgs};
+use crate::pairs::{self, PairsOptions};
+use crate::run::{Run, images, save_grid};
+use crate::sampler::{Request, ddim, one_step};
+use crate::teacher::{self, TeacherOptions};
+use crate::train::{self, DistillOptions};
+use crate::{device, progress};
+
+/// Images drawn at once.
+const BATCH: usize = 50;
+
+/// `dmd-distill bases`.
+pub fn bases(json: bool) -> Result<()> {
+    let all = PRESETS.iter().map(base::Preset::describe).collect::<Result<Vec<_>>>()?;
+    if json {
+        return print(&format!("{:#}", serde_json::Value::from(all)));
+    }
+    for b in all {
+        let [c, h, w] = [0, 1, 2].map(|i| b["image"][i].as_u64().unwrap_or(0));
+        let name = b["name"].as_str().unwrap_or("");
+        let about = b["about"].as_str().unwrap_or("");
+        print(&format!("{name}: {about}; {c}x{h}x{w}, {} parameters", b["parameters"]))?;
+    }
+    Ok(())
+}
+
+/// Writes a line to standard output; a closed pipe is not an error.
+fn print(line: &str) -> Result<()> {
+    use std::io::Write;
+    match writeln!(std::io::stdout(), "{line}") {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::file("write", Path::new("stdout"))(e)),
+        _ => Ok(()),
+    }
+}
+
+/// `dmd-distill --base …`, or `--resume …`.
+pub fn distill(args: DistillArgs) -> Result<()> {
+    let target = device::parse(&args.device)?;
+    if let Some(folder) = &args.resume {
+        let allowed = Recipe { train_steps: args.recipe.train_steps, ..Recipe::default() };
+        if args.base.is_some() || args.out.is_some() || args.config.is_some() || args.recipe != allowed {
+            return Err(Error::Request(
+                "`--resume` takes its options from the run; only `--train-steps` and `--device` go with it".into(),
+            ));
+        }
+        let run = Run::open(folder)?;
+        let mut options: DistillOptions = run.options()?;
+        options.train_steps = args.recipe.train_steps.unwrap_or(options.train_steps);
+        return run_distillation(&run, &options, &target);
+    }
+    let name = args.base.ok_or_else(|| {
+        Error::Request("`--base` is missing\n\nhint: `dmd-distill bases` lists the presets".into())
+    })?;
+    let checkpoint = base::load(&name)?;
+    let file = args.config.as_deref().map(Recipe::from_file).transpose()?.unwrap_or_default();
+    let options = args.recipe.or(file).resolve(&name, &checkpoint)?;
+    if args.dry_run {
+        return estimate(&options, &checkpoint, &target);
+    }
+    let run_name = Path::new(&name).file_name().map_or("run".into(), |n| n.to_string_lossy());
+    let run = Run::create(args.out.as_deref(), &run_name)?;
+    checkpoint.save(&run.path("teacher"))?;
+    run.save_options(&options)?;
+    run_distillation(&run, &options, &target)
+}
+
+fn run_distillation(run: &Run, options: &DistillOptions, target: &Device) -> Result<()> {
+    progress::handle_interrupts();
+    eprintln!("run {}, on {}", run.folder.display(), device::name(target));
+    let folder = train::train(run, options, target)?;
+    eprintln!(
+        "generator: {}\npictures:  {}, {}\nnext:      dmd-export model.onnx --from {}",
+        folder.display(),
+        run.path("comparison.png").display(),
+        run.path("losses.png").display(),
+        run.folder.display(),
+    );
+    Ok(())
+}
+
+/// Prints the resolved options and what they would cost, measured on one small step.
+fn estimate(options: &DistillOptions, base: &Checkpoint, target: &Device) -> Result<()> {
+    let text = serde_json::to_string_pretty(options).map_err(|e| Error::content(Path::new("run.json"), e))?;
+    print(&text)?;
+    let summary = shapes::summarise(&base.config)?;
+    let network = Network::frozen(&base.config, &base.tensors, target)?;
+    let request = Request::new(0, 0, 4, base.class_count());
+    let z = request.noise(base.config.image_shape(), target)?;
+    let class = request.class_tensor(target)?;
+    let t = Tensor::new(&[options.t_gen as f32], target)?;
+    let mut seconds = f64::INFINITY;
+    for _ in 0..3 {
+        let started = Instant::now();
+        network.eps_pred(&z, &t, class.as_ref())?.sum_all()?.to_scalar::<f32>()?;
+        seconds = seconds.min(started.elapsed().as_secs_f64() / 4.0);
+    }
+    let regression = if options.pairs > 0 { 3 } else { 0 };
+    let passes = 5 + regression + 3 * options.fake_updates + options.fake_updates - 1;
+    let training = options.train_steps as f64 * options.batch as f64 * passes as f64 * seconds;
+    let pairs = options.pairs as f64 * options.pair_steps as f64 * seconds;
+    let weights = summary.parameter_count() as f64 * 4.0 / 1e6;
+    eprintln!(
+        "parameters {}, {} million multiply-adds per image\n\
+         memory about {:.0} MB for weights, moments and averages, activations not counted\n\
+         one image through the network: {:.2} ms on {}\n\
+         pairs about {:.0} min, training about {:.0} min ({passes} network passes per image and update)",
+        summary.parameter_count(),
+        summary.total_macs() / 1_000_000,
+        10.0 * weights,
+        seconds * 1e3,
+        device::name(target),
+        pairs / 60.0,
+        training / 60.0,
+    );
+    Ok(())
+}
+
+/// `dmd-distill teacher`.
+pub fn teacher(args: &TeacherArgs) -> Result<()> {
+    let target = device::parse(&args.device)?;
+    let (run, options) = match &args.resume {
+        Some(folder) => {
+            let run = Run::open(folder)?;
+            let options: TeacherOptions = run.options()?;
+            (run, options)
+        }
+        None => {
+            let options = args.resolve();
+            teacher::validate(&options)?;
+            let run = Run::create(args.out.as_deref(), &format!("teacher-{}", options.base))?;
+            run.save_options(&options)?;
+            (run, options)
+        }
+    };
+    progress::handle_interrupts();
+    eprintln!("run {}, on {}", run.folder.display(), device::name(&target));
+    let folder = teacher::train(&run, &options, &target)?;
+    eprintln!("base: {}\nnext: dmd-distill --base {}", folder.display(), folder.display());
+    Ok(())
+}
+
+/// `dmd-distill pairs`.
+pub fn pairs(args: &PairsArgs) -> Result<()> {
+    let target = device::parse(&args.device)?;
+    let checkpoint = base::load(&args.base)?;
+    let total = Schedule::new(&checkpoint.schedule).num_train_timesteps();
+    if args.count == 0 || args.steps == 0 || args.steps > total {
+        return Err(Error::Request(format!("`--count` must be at least 1 and `--steps` from 1 to {total}")));
+    }
+    let options = PairsOptions::new(&args.base, &checkpoint, args.steps, args.seed);
+    let folder = args.out.clone().unwrap_or_else(|| Path::new("pairs").join(options.folder_name()));
+    progress::handle_interrupts();
+    let found = pairs::prepare(&folder, &options, &checkpoint, args.count, &target)?;
+    eprintln!("{} pairs in {}", found.count(), folder.display());
+    Ok(())
+}
+
+/// `dmd-distill sample`.
+pub fn sample(args: &SampleArgs) -> Result<()> {
+    let target = device::parse(&args.device)?;
+    let checkpoint = load_any(&args.model)?;
+    if args.output.exists() && !args.force {
+        return Err(Error::content(&args.output, "it exists already\n\nhint: add `--force` to replace it"));
+    }
+    if args.count == 0 {
+        return Err(Error::Request("`--count` must be at least 1".into()));
+    }
+    let network = Network::frozen(&checkpoint.config, &checkpoint.tensors, &target)?;
+    let schedule = Schedule::new(&checkpoint.schedule);
+    let constants = checkpoint.generator.is_some().then(|| checkpoint.one_step()).transpose()?;
+    let steps = args.steps.unwrap_or(if constants.is_some() { 1 } else { 50 });
+    if constants.is_some() && steps != 1 {
+        return Err(Error::Request(format!(
+            "`{}` is a one-step generator, `--steps {steps}` does not apply\n\nhint: sample its teacher for more steps",
+            args.model
+        )));
+    }
+    let mut shown = Vec::new();
+    for first in (0..args.count).step_by(BATCH) {
+        let count = BATCH.min(args.count - first);
+        let request = Request::new(args.seed, first as u64, count, checkpoint.class_count());
+        let x = match &constants {
+            Some(constants) => one_step(&network, constants, &request)?,
+            None => ddim(&network, &schedule, &request, steps)?,
+        };
+        shown.extend(images(&x, checkpoint.config.range())?);
+    }
+    save_grid(&args.output, &shown, 10, 2)?;
+    eprintln!("{} images in {}", shown.len(), args.output.display());
+    Ok(())
+}
+
+/// A checkpoint folder, the generator or teacher of a run folder, or a preset.
+fn load_any(model: &str) -> Result<Checkpoint> {
+    let folder = PathBuf::from(model);
+    if folder.join("config.json").is_file() {
+        return Checkpoint::load(&Source::Folder(folder));
+    }
+    match ["generator", "teacher"].map(|sub| folder.join(sub)).into_iter().find(|p| p.is_dir()) {
+        Some(inside) => Checkpoint::load(&Source::Folder(inside)),
+        None => base::load(model),
+    }
+}

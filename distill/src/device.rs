@@ -1,0 +1,44 @@
+//! `--device`: where tensors live.
+
+use candle_core::Device;
+
+use crate::error::{Error, Result};
+
+/// The device of `auto`, `cpu`, `cuda` or `cuda:N`; `auto` takes CUDA where the build and the machine have it.
+pub fn parse(text: &str) -> Result<Device> {
+    match text {
+        "cpu" => Ok(Device::Cpu),
+        "auto" if !cfg!(feature = "cuda") => Ok(Device::Cpu),
+        "auto" => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+        _ => match text.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or(rest)) {
+            Some(rest) => cuda(text, rest),
+            None => Err(Error::Request(format!("got `--device {text}`, expected `auto`, `cpu`, `cuda` or `cuda:N`"))),
+        },
+    }
+}
+
+fn cuda(text: &str, number: &str) -> Result<Device> {
+    if !cfg!(feature = "cuda") {
+        return Err(Error::Request(format!(
+            "`--device {text}`: this build has no CUDA\n\nhint: build it with `cargo build --release -p dmd-distill \
+             --features cuda` on a machine with the CUDA toolkit, or use `--device cpu`"
+        )));
+    }
+    let index = match number {
+        "" => 0,
+        number => number.parse().map_err(|_| {
+            Error::Request(format!("got `--device {text}`, expected `cuda` or `cuda:N` with a number N"))
+        })?,
+    };
+    Device::new_cuda(index).map_err(|e| {
+        Error::Request(format!("`--device {text}` cannot be used: {e}\n\nhint: `nvidia-smi` lists the GPUs and the driver"))
+    })
+}
+
+/// `cpu`, or `cuda:N`.
+pub fn name(device: &Device) -> String {
+    match device {
+        Device::Cpu => format!("cpu, {} threads", rayon::current_num_threads()),
+        other => format!("{:?}", other.location()),
+    }
+}

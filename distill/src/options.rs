@@ -1,0 +1,341 @@
+//! The command line, and how it becomes resolved options: preset, then TOML file, then flags.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+use dmd_core::schedule::Schedule;
+use serde::Deserialize;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::pairs::PairsOptions;
+use crate::teacher::TeacherOptions;
+use crate::train::DistillOptions;
+
+/// `sigma_t / alpha_t` of the step that `--t-gen auto` picks.
+const AUTO_SIGMA_EDM: f64 = 2.5;
+
+/// Distil a pretrained DDPM into a one-step image generator
+///
+/// Without a subcommand, does all of it: finds the base, computes noise-image pairs, trains the generator by
+/// distribution matching, and writes sample grids, loss curves and the finished generator into a run folder.
+#[derive(Debug, Parser)]
+#[command(name = "dmd-distill", version, args_conflicts_with_subcommands = true, arg_required_else_help = true)]
+#[command(after_help = "Example:\n  dmd-distill --base ddpm-fashion --train-steps 300\n  dmd-export model.onnx\n  dmd-run")]
+pub struct Cli {
+    /// What to do instead of a whole distillation.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// The distillation.
+    #[command(flatten)]
+    pub distill: DistillArgs,
+}
+
+/// Single stages.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List the presets: parameters, image size, where the weights come from
+    Bases {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Train a base from data
+    Teacher(TeacherArgs),
+    /// Pre-compute noise-image pairs of a base
+    Pairs(PairsArgs),
+    /// Draw a grid of images from a base (many steps) or a generator (one step)
+    Sample(SampleArgs),
+}
+
+/// A distillation.
+#[derive(Clone, Debug, Default, Args)]
+pub struct DistillArgs {
+    /// Base to distil: a preset (see `dmd-distill bases`) or a folder in diffusers layout
+    #[arg(long, value_name = "NAME|DIR")]
+    pub base: Option<String>,
+    /// Continue the run in this folder; only --train-steps and --device may be given with it
+    #[arg(long, value_name = "DIR")]
+    pub resume: Option<PathBuf>,
+    /// Run folder to create [default: the next free runs/BASE-NNN]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// TOML file with any of the options below; flags win over it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Where to compute
+    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
+    pub device: String,
+    /// Print the resolved options and the estimated cost, and stop
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Everything that a TOML file may also set.
+    #[command(flatten)]
+    pub recipe: Recipe,
+}
+
+/// Options of a distillation that a TOML file may set; none means "not said here".
+#[derive(Clone, Debug, Default, PartialEq, Args, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Recipe {
+    /// Generator updates [default: 2000]
+    #[arg(long, value_name = "N")]
+    pub train_steps: Option<u64>,
+    /// Images per update [default: 32]
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Learning rate of the generator [default: 2e-4]
+    #[arg(long, value_name = "X")]
+    pub lr: Option<f64>,
+    /// Learning rate of the critic [default: that of the generator]
+    #[arg(long, value_name = "X")]
+    pub lr_fake: Option<f64>,
+    /// Updates over which both learning rates grow to their value [default: 50]
+    #[arg(long, value_name = "N")]
+    pub warmup: Option<u64>,
+    /// Number of noise-image pairs; 0 trains without the regression loss [default: 1024]
+    #[arg(long, value_name = "N")]
+    pub pairs: Option<usize>,
+    /// DDIM steps per pair [default: 50]
+    #[arg(long, value_name = "N")]
+    pub pair_steps: Option<usize>,
+    /// Folder of the pairs [default: pairs/ and a name made of base, sampler and seed]
+    #[arg(long, value_name = "DIR")]
+    pub pairs_dir: Option<PathBuf>,
+    /// Weight of the regression loss [default: 0.25]
+    #[arg(long, value_name = "X")]
+    pub lambda_reg: Option<f64>,
+    /// Fixed step of the generator: a number, `last`, or `auto` for the one where sigma/alpha is nearest 2.5
+    /// [default: auto]
+    #[arg(long, value_name = "STEP|last|auto")]
+    pub t_gen: Option<String>,
+    /// Factor on the generator's noise input [default: 1]
+    #[arg(long, value_name = "X")]
+    pub input_scale: Option<f64>,
+    /// Critic updates per generator update [default: 5]
+    #[arg(long, value_name = "K")]
+    pub fake_updates: Option<u64>,
+    /// Decay of the generator's moving average, which is the result [default: 0.99]
+    #[arg(long, value_name = "X")]
+    pub ema: Option<f64>,
+    /// Seed of everything random [default: 1]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u32>,
+    /// Updates between saved states [default: 50]
+    #[arg(long, value_name = "N")]
+    pub save_every: Option<u64>,
+    /// Updates between sample grids [default: 100]
+    #[arg(long, value_name = "N")]
+    pub sample_every: Option<u64>,
+}
+
+/// A base training.
+#[derive(Clone, Debug, Args)]
+pub struct TeacherArgs {
+    /// Preset to train
+    #[arg(long, value_name = "NAME", required_unless_present = "resume")]
+    pub base: Option<String>,
+    /// Folder with the data set's files [default: Debian's package, else the cache, else a download]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Continue the run in this folder
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["base", "data", "out"])]
+    pub resume: Option<PathBuf>,
+    /// Run folder to create [default: the next free runs/teacher-BASE-NNN]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Updates
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    pub train_steps: u64,
+    /// Images per update
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub batch: usize,
+    /// Learning rate after warm-up
+    #[arg(long, value_name = "X", default_value_t = 1e-3)]
+    pub lr: f64,
+    /// Decay of the weights' moving average
+    #[arg(long, value_name = "X", default_value_t = 0.999)]
+    pub ema: f64,
+    /// Seed of everything random
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u32,
+    /// Updates between saved states
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    pub save_every: u64,
+    /// Updates between sample grids
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub sample_every: u64,
+    /// Where to compute
+    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
+    pub device: String,
+}
+
+/// A pre-computation of pairs.
+#[derive(Clone, Debug, Args)]
+pub struct PairsArgs {
+    /// Base: a preset or a folder in diffusers layout
+    #[arg(long, value_name = "NAME|DIR")]
+    pub base: String,
+    /// Number of pairs
+    #[arg(long, value_name = "N")]
+    pub count: usize,
+    /// DDIM steps per pair
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub steps: usize,
+    /// Seed of the noise
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u32,
+    /// Folder of the pairs [default: pairs/ and a name made of base, sampler and seed]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Where to compute
+    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
+    pub device: String,
+}
+
+/// A grid of samples.
+#[derive(Clone, Debug, Args)]
+pub struct SampleArgs {
+    /// Checkpoint folder, run folder, or preset
+    #[arg(value_name = "DIR|NAME")]
+    pub model: String,
+    /// Network evaluations: 1 for a generator, more for a base [default: 1 or 50]
+    #[arg(long, value_name = "N")]
+    pub steps: Option<usize>,
+    /// Images
+    #[arg(long, value_name = "N", default_value_t = 40)]
+    pub count: usize,
+    /// Seed of the noise
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u32,
+    /// PNG file to write
+    #[arg(short, long, value_name = "FILE", default_value = "grid.png")]
+    pub output: PathBuf,
+    /// Replace an existing file
+    #[arg(long)]
+    pub force: bool,
+    /// Where to compute
+    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
+    pub device: String,
+}
+
+impl Recipe {
+    /// Reads a TOML file.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let text = String::from_utf8_lossy(&files::read(path)?).into_owned();
+        toml::from_str(&text).map_err(|e| Error::content(path, e))
+    }
+
+    /// What is not said here is taken from `other`.
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            train_steps: self.train_steps.or(other.train_steps),
+            batch: self.batch.or(other.batch),
+            lr: self.lr.or(other.lr),
+            lr_fake: self.lr_fake.or(other.lr_fake),
+            warmup: self.warmup.or(other.warmup),
+            pairs: self.pairs.or(other.pairs),
+            pair_steps: self.pair_steps.or(other.pair_steps),
+            pairs_dir: self.pairs_dir.or(other.pairs_dir),
+            lambda_reg: self.lambda_reg.or(other.lambda_reg),
+            t_gen: self.t_gen.or(other.t_gen),
+            input_scale: self.input_scale.or(other.input_scale),
+            fake_updates: self.fake_updates.or(other.fake_updates),
+            ema: self.ema.or(other.ema),
+            seed: self.seed.or(other.seed),
+            save_every: self.save_every.or(other.save_every),
+            sample_every: self.sample_every.or(other.sample_every),
+        }
+    }
+
+    /// Fills in the defaults for a base and checks the result.
+    pub fn resolve(self, name: &str, base: &Checkpoint) -> Result<DistillOptions> {
+        let schedule = Schedule::new(&base.schedule);
+        let lambda_reg = self.lambda_reg.unwrap_or(0.25);
+        let pairs = self.pairs.unwrap_or(if lambda_reg == 0.0 { 0 } else { 1024 });
+        let pair_steps = self.pair_steps.unwrap_or(50);
+        let seed = self.seed.unwrap_or(1);
+        let lr = self.lr.unwrap_or(2e-4);
+        let description = PairsOptions::new(name, base, pair_steps, seed);
+        let pairs_dir = self.pairs_dir.unwrap_or_else(|| Path::new("pairs").join(description.folder_name()));
+        let options = DistillOptions {
+            command: "distill".to_owned(),
+            base: name.to_owned(),
+            base_sha256: base.sha256.clone(),
+            pairs_dir: std::path::absolute(&pairs_dir).map_err(Error::file("find", &pairs_dir))?,
+            pairs,
+            pair_steps,
+            train_steps: self.train_steps.unwrap_or(2000),
+            batch: self.batch.unwrap_or(32),
+            lr,
+            lr_fake: self.lr_fake.unwrap_or(lr),
+            warmup: self.warmup.unwrap_or(50),
+            lambda_reg,
+            t_gen: t_gen(self.t_gen.as_deref().unwrap_or("auto"), &schedule)?,
+            input_scale: self.input_scale.unwrap_or(1.0),
+            fake_updates: self.fake_updates.unwrap_or(5),
+            ema: self.ema.unwrap_or(0.99),
+            seed,
+            save_every: self.save_every.unwrap_or(50),
+            sample_every: self.sample_every.unwrap_or(100),
+        };
+        check(&options, &schedule)?;
+        Ok(options)
+    }
+}
+
+fn t_gen(text: &str, schedule: &Schedule) -> Result<usize> {
+    let last = schedule.num_train_timesteps() - 1;
+    match text {
+        "auto" => Ok(schedule.nearest_step(AUTO_SIGMA_EDM)),
+        "last" => Ok(last),
+        number => number
+            .parse()
+            .ok()
+            .filter(|t| *t <= last)
+            .ok_or_else(|| Error::Request(format!("got `--t-gen {number}`, expected `auto`, `last` or 0 to {last}"))),
+    }
+}
+
+fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
+    let total = schedule.num_train_timesteps();
+    let rules = [
+        (o.train_steps > 0 && o.batch > 0, "`--train-steps` and `--batch` must be at least 1"),
+        (o.save_every > 0 && o.sample_every > 0, "`--save-every` and `--sample-every` must be at least 1"),
+        (o.fake_updates > 0, "`--fake-updates` must be at least 1"),
+        (o.lr > 0.0 && o.lr < 1.0 && o.lr_fake > 0.0 && o.lr_fake < 1.0, "learning rates lie between 0 and 1"),
+        ((0.0..1.0).contains(&o.ema), "`--ema` lies from 0 to below 1"),
+        (o.lambda_reg >= 0.0 && o.lambda_reg.is_finite(), "`--lambda-reg` must not be negative"),
+        (o.input_scale > 0.0 && o.input_scale.is_finite(), "`--input-scale` must be positive"),
+        ((1..=total).contains(&o.pair_steps), "`--pair-steps` lies between 1 and the base's number of steps"),
+        (
+            o.lambda_reg == 0.0 || o.pairs > 0,
+            "`--pairs 0` leaves the regression loss without pairs\n\nhint: add `--lambda-reg 0`",
+        ),
+    ];
+    match rules.into_iter().find(|(holds, _)| !holds) {
+        Some((_, rule)) => Err(Error::Request(rule.to_owned())),
+        None => Ok(()),
+    }
+}
+
+impl TeacherArgs {
+    /// Resolved options of a new base training.
+    pub fn resolve(&self) -> TeacherOptions {
+        TeacherOptions {
+            command: "teacher".to_owned(),
+            base: self.base.clone().unwrap_or_default(),
+            data: self.data.clone(),
+            train_steps: self.train_steps,
+            batch: self.batch,
+            lr: self.lr,
+            warmup: 100,
+            ema: self.ema,
+            drop_label: 0.1,
+            seed: self.seed,
+            save_every: self.save_every,
+            sample_every: self.sample_every,
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Pictures for people: the loss curves of a run, and noise, generator before and after, and teacher side by side.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use candle_core::Device;
+use dmd_core::net::OneStep;
+use dmd_core::pixels::{Image, grid};
+use dmd_core::schedule::Schedule;
+use plotters::prelude::*;
+use plotters::style::{FontStyle, register_font};
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::network::Network;
+use crate::run::{enlarge, images, save_image};
+use crate::sampler::{Request, ddim, one_step};
+
+/// Network evaluations of the teacher in a comparison.
+const TEACHER_STEPS: usize = 50;
+/// Columns of a comparison.
+const COLUMNS: usize = 10;
+/// Height of a title in pixels.
+const TITLE: usize = 34;
+
+/// The three losses over the generator updates, smoothed, as PNG.
+pub fn plot_losses(path: &Path, stats: &[Value]) -> Result<()> {
+    fonts();
+    let (width, height) = (960u32, 420u32);
+    let mut pixels = vec![255; (width * height * 3) as usize];
+    draw_losses(&mut pixels, (width, height), stats).map_err(|e| Error::content(path, e))?;
+    save_image(path, &Image { channels: 3, height: height as usize, width: width as usize, data: pixels })
+}
+
+fn draw_losses(
+    pixels: &mut [u8],
+    size: (u32, u32),
+    stats: &[Value],
+) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let curves = [
+        ("distribution matching", "dm", RGBColor(31, 119, 180)),
+        ("regression", "reg", RGBColor(44, 160, 44)),
+        ("critic", "fake", RGBColor(214, 39, 40)),
+    ]
+    .map(|(label, key, colour)| (label, smooth(stats, key), colour));
+    let last = stats.last().and_then(|s| s["step"].as_f64()).unwrap_or(1.0).max(1.0);
+    let top = curves.iter().flat_map(|(_, c, _)| c).map(|(_, v)| *v).fold(0.1, f64::max) * 1.05;
+    let root = BitMapBackend::with_buffer(pixels, size).into_drawing_area();
+    root.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&root)
+        .margin(12)
+        .x_label_area_size(42)
+        .y_label_area_size(58)
+        .build_cartesian_2d(0.0..last, 0.0..top)?;
+    chart.configure_mesh().x_desc("generator updates").y_desc("loss").light_line_style(WHITE).draw()?;
+    for (label, curve, colour) in curves {
+        chart
+            .draw_series(LineSeries::new(curve, colour.stroke_width(2)))?
+            .label(label)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+    }
+    chart.configure_series_labels().background_style(WHITE.mix(0.9)).border_style(BLACK.mix(0.3)).draw()?;
+    root.present()?;
+    Ok(())
+}
+
+/// Exponential moving average of one figure over the steps.
+fn smooth(stats: &[Value], key: &str) -> Vec<(f64, f64)> {
+    let mut average: Option<f64> = None;
+    stats
+        .iter()
+        .filter_map(|line| Some((line["step"].as_f64()?, line[key].as_f64()?)))
+        .map(|(step, value)| {
+            let next = average.map_or(value, |a| 0.9 * a + 0.1 * value);
+            average = Some(next);
+            (step, next)
+        })
+        .collect()
+}
+
+/// One picture of four blocks with the same seeds and classes: the noise, the one-step generator before
+/// distillation (the base's own weights), after it, and the teacher with 50 DDIM steps.
+pub fn comparison(
+    path: &Path,
+    base: &Checkpoint,
+    generator: &Checkpoint,
+    seed: u32,
+    device: &Device,
+) -> Result<()> {
+    let range = base.config.range();
+    let request = Request::new(seed, 0, 2 * COLUMNS, base.class_count());
+    let teacher = Network::frozen(&base.config, &base.tensors, device)?;
+    let student = Network::frozen(&generator.config, &generator.tensors, device)?;
+    let constants: OneStep = generator.one_step()?;
+    let noise = request.noise(base.config.image_shape(), device)?;
+    let shown = [
+        ("noise".to_owned(), (noise / 3.0)?),
+        ("one step, before distillation".to_owned(), one_step(&teacher, &constants, &request)?),
+        ("one step, distilled".to_owned(), one_step(&student, &constants, &request)?),
+        (
+            format!("teacher, {TEACHER_STEPS} steps"),
+            ddim(&teacher, &Schedule::new(&base.schedule), &request, TEACHER_STEPS)?,
+        ),
+    ];
+    let mut blocks = Vec::new();
+    for (title, x) in shown {
+        let block = coloured(&enlarge(&grid(&images(&x, range)?, COLUMNS, 1), 3));
+        blocks.push(titled(&title, block).map_err(|e| Error::content(path, e))?);
+    }
+    save_image(path, &grid(&blocks, 2, 8))
+}
+
+/// A grey image as RGB.
+fn coloured(image: &Image) -> Image {
+    match image.channels {
+        1 => Image {
+            channels: 3,
+            height: image.height,
+            width: image.width,
+            data: image.data.iter().flat_map(|v| [*v; 3]).collect(),
+        },
+        _ => image.clone(),
+    }
+}
+
+/// The image under a line of text.
+fn titled(title: &str, image: Image) -> std::result::Result<Image, Box<dyn std::error::Error>> {
+    fonts();
+    let mut data = vec![255; image.width * TITLE * 3];
+    {
+        let root =
+            BitMapBackend::with_buffer(&mut data, (image.width as u32, TITLE as u32)).into_drawing_area();
+        let style = TextStyle::from(("sans-serif", 22).into_font()).color(&BLACK);
+        root.draw_text(title, &style, (4, 6))?;
+        root.present()?;
+    }
+    data.extend(image.data);
+    Ok(Image { channels: 3, height: image.height + TITLE, width: image.width, data })
+}
+
+/// Makes the bundled font known to plotters, which otherwise would look for one on the machine.
+fn fonts() {
+    static ONCE: OnceLock<()> = OnceLock::new();
+    ONCE.get_or_init(|| {
+        for style in [FontStyle::Normal, FontStyle::Bold] {
+            if register_font("sans-serif", style, epaint_default_fonts::UBUNTU_LIGHT).is_err() {
+                eprintln!("warning: the bundled font cannot be read; pictures have no titles");
+            }
+        }
+    });
+}
