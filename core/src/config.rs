@@ -250,7 +250,7 @@ impl UNet2DConfig {
                 return Err(Error::config("attention_head_dim", format!("{c} channels do not split into {d}")));
             }
         }
-        if self.block_out_channels[0] % 2 != 0 {
+        if !self.block_out_channels[0].is_multiple_of(2) {
             return Err(Error::config("block_out_channels", "the first must be even (sine and cosine halves)"));
         }
         if self.downsample_padding > 1 {
@@ -263,7 +263,7 @@ impl UNet2DConfig {
             return Err(Error::config("freq_shift", format!("got {}, which divides by zero", self.freq_shift)));
         }
         let factor = 1usize << (levels - 1);
-        if self.sample_size % factor != 0 {
+        if !self.sample_size.is_multiple_of(factor) {
             return Err(Error::config(
                 "sample_size",
                 format!("got {}, expected a multiple of {factor} ({levels} resolutions)", self.sample_size),

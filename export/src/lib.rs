@@ -1,1 +1,24 @@
-//! placeholder
+//! Turns a checkpoint into one ONNX file by partial evaluation of the network description in core.
+//!
+//! [`weights`] reads a checkpoint; [`partial`] and [`ops`] run the description on "constant, per-class table or graph
+//! value"; [`graph`] collects the operators and writes the ONNX messages; [`verify`] checks what came out; [`model`]
+//! joins them. [`evaluate`] is the same description on constants alone: the reference that files are compared with.
+//! No training, no inference engine.
+#![forbid(unsafe_code)]
+
+pub mod array;
+pub mod evaluate;
+pub mod graph;
+pub mod locate;
+pub mod model;
+pub mod ops;
+pub mod partial;
+pub mod verify;
+pub mod weights;
+
+mod error;
+pub use array::Array;
+pub use dmd_core::card::Kind;
+pub use error::{Error, Result};
+pub use model::{Exported, Summary, export};
+pub use weights::Checkpoint;

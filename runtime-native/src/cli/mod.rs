@@ -1,0 +1,51 @@
+//! The commands of `dmd-run`, and what they share: finding the model, exit codes.
+
+mod describe;
+mod output;
+mod progress;
+mod sample;
+
+use std::io::ErrorKind;
+use std::path::Path;
+use std::process::ExitCode;
+
+use dmd_runtime_native::{BUNDLED, BUNDLED_NAME, ModelFile};
+
+pub use describe::{info, providers};
+pub use sample::sample;
+
+/// What `--help` says after the options.
+pub const AFTER_HELP: &str = "\
+Output:
+  NAME.png  One image. Several become NAME-0000.png, NAME-0001.png, …, or one
+            sheet NAME.png with --grid or --class all.
+  NAME.npy  All images as one array, f32 [n, c, h, w], in the model's range.
+  -         One PNG on stdout, a sheet if there are several images.
+
+onnxruntime is loaded from the file that --ort-lib or ORT_DYLIB_PATH names,
+else from the first of: the folder of this program, ./lib, the active Python
+environment, other Python installations, system folders. `dmd-run providers`
+shows what was found.
+
+Exit code: 0 done, 2 wrong usage or input.";
+
+/// Opens the model that was named, else `./model.onnx`, else the bundled one.
+fn open_model(path: Option<&Path>) -> anyhow::Result<ModelFile> {
+    let default = Path::new("model.onnx");
+    Ok(match path {
+        Some(path) => ModelFile::read(path)?,
+        None if default.exists() => ModelFile::read(default)?,
+        None => ModelFile::parse(BUNDLED_NAME, BUNDLED)?,
+    })
+}
+
+/// Prints an error; a reader that closed the pipe is none.
+pub fn exit_code(result: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    let closed = |e: &std::io::Error| e.kind() == ErrorKind::BrokenPipe;
+    if error.chain().any(|e| e.downcast_ref().is_some_and(closed)) {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("error: {error:#}");
+    ExitCode::from(2)
+}

@@ -1,0 +1,305 @@
+//! From a seed to images: the noise contract, the classes, one step of a generator or the DDIM steps of a teacher.
+//! Engines differ in how many images they take at once; image `k` of a seed does not depend on that.
+
+use std::path::{Path, PathBuf};
+
+use dmd_core::card::{Classes, Kind};
+use dmd_core::noise::standard_normal;
+use dmd_core::pixels::{Image, to_image};
+use dmd_core::schedule::{DdimStep, Schedule};
+
+use crate::file::{ModelFile, ModelInfo};
+use crate::providers::{self, Choice, Provider};
+use crate::{Error, Result};
+
+/// DDIM steps of a teacher where none are asked.
+pub const TEACHER_STEPS: usize = 50;
+
+/// Pixels (rows times columns) that one onnxruntime batch holds at most; a batch is 1 to 64 images.
+const BATCH_PIXELS: usize = 64 * 32 * 32;
+
+/// How to run a model.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What runs the network.
+    pub provider: Provider,
+    /// Threads of the engine; `None` is one per core.
+    pub threads: Option<usize>,
+    /// The onnxruntime library to load; `None` searches, see [`crate::library`].
+    pub ort_lib: Option<PathBuf>,
+}
+
+/// What to generate: images `first .. first + count` of a seed.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Seed of the noise.
+    pub seed: u32,
+    /// Index of the first image.
+    pub first: u64,
+    /// Number of images, at least 1.
+    pub count: usize,
+    /// Class of the images.
+    pub class: Class,
+    /// Network evaluations per image; `None` is 1 for a generator, [`TEACHER_STEPS`] for a teacher.
+    pub steps: Option<usize>,
+}
+
+/// Which class each image has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Image `k` has class `k mod count`, or none in a model without classes.
+    Cycle,
+    /// All images have this one.
+    One(usize),
+}
+
+/// Generated images.
+#[derive(Clone, Debug)]
+pub struct Samples {
+    /// `[n, c, h, w]` in the model's range.
+    pub values: Vec<f32>,
+    /// `[c, h, w]`.
+    pub shape: [usize; 3],
+    /// Values of black and white.
+    pub range: [f32; 2],
+}
+
+/// A model loaded into an engine.
+pub struct Model {
+    info: ModelInfo,
+    choice: Choice,
+    engine: Engine,
+}
+
+/// What runs the network.
+pub(crate) enum Engine {
+    #[cfg(feature = "tract")]
+    Tract(crate::tract::Tract),
+    #[cfg(feature = "ort")]
+    Ort(crate::ort::Ort),
+}
+
+/// Inputs of one network evaluation; those the model does not have are not read.
+pub(crate) struct Batch<'a> {
+    /// Number of images.
+    pub n: usize,
+    /// `[n, c, h, w]`.
+    pub x: &'a [f32],
+    /// `[n]`.
+    pub t: &'a [f32],
+    /// `[n]`.
+    pub class: &'a [i64],
+}
+
+impl Options {
+    /// `threads`, or one per core.
+    pub fn threads(&self) -> usize {
+        self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+    }
+}
+
+impl Samples {
+    /// Number of images.
+    pub fn count(&self) -> usize {
+        self.values.len() / self.shape.iter().product::<usize>()
+    }
+
+    /// The images as bytes.
+    pub fn images(&self) -> Vec<Image> {
+        let len = self.shape.iter().product();
+        self.values.chunks(len).map(|v| to_image(v, self.shape, self.range)).collect()
+    }
+}
+
+impl Model {
+    /// Reads a file and loads it into an engine.
+    pub fn open(path: &Path, options: &Options) -> Result<Self> {
+        Self::load(ModelFile::read(path)?, options)
+    }
+
+    /// Loads a model that was read already.
+    pub fn load(file: ModelFile, options: &Options) -> Result<Self> {
+        let (engine, choice) = providers::open(&file, options)?;
+        Ok(Self { info: file.info, choice, engine })
+    }
+
+    /// What the file says about itself.
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// The provider that was taken.
+    pub fn choice(&self) -> &Choice {
+        &self.choice
+    }
+
+    /// Generates images. `progress` hears how many network evaluations of single images were done since it was last
+    /// called; there are `count · steps` in all.
+    ///
+    /// # Errors
+    /// A request the model cannot meet, or an engine that fails or returns values that are not finite.
+    pub fn generate(&mut self, request: &Request, progress: &(dyn Fn(usize) + Sync)) -> Result<Samples> {
+        let plan = Plan::new(&self.info, request)?;
+        let len = self.info.image_len();
+        let mut values = allocate(request.count, len)?;
+        match &mut self.engine {
+            #[cfg(feature = "tract")]
+            Engine::Tract(engine) => {
+                use rayon::prelude::*;
+                let engine = &*engine;
+                engine.pool().install(|| {
+                    let images = values.par_chunks_mut(len).enumerate();
+                    images.try_for_each(|(i, x)| plan.sample(i, x, &mut |b| engine.run(b), progress))
+                })?;
+            }
+            #[cfg(feature = "ort")]
+            Engine::Ort(engine) => {
+                let pixels = self.info.image.height * self.info.image.width;
+                let batch = if self.info.any_batch() { (BATCH_PIXELS / pixels).clamp(1, 64) } else { 1 };
+                for (i, x) in values.chunks_mut(batch * len).enumerate() {
+                    plan.sample(i * batch, x, &mut |b| engine.run(b), progress)?;
+                }
+            }
+        }
+        Ok(Samples { values, shape: self.info.image_shape(), range: self.info.image.range })
+    }
+}
+
+/// Checks a step count against the kind of the model; returns the one to take.
+pub fn steps(info: &ModelInfo, asked: Option<usize>) -> Result<usize> {
+    let total = info.card.as_ref().map_or(1, |c| c.schedule.num_train_timesteps);
+    match (info.kind, asked) {
+        (Kind::Generator, None | Some(1)) => Ok(1),
+        (Kind::Generator, Some(got)) => Err(Error::Request(format!(
+            "got {got} steps, expected 1: {} is a one-step generator\n\nhint: `dmd-export --teacher` writes the teacher \
+             it was distilled from, which takes any number of steps",
+            info.name
+        ))),
+        (Kind::Teacher, None) => Ok(TEACHER_STEPS.min(total)),
+        (Kind::Teacher, Some(got)) if (1..=total).contains(&got) => Ok(got),
+        (Kind::Teacher, Some(got)) => {
+            Err(Error::Request(format!("got {got} steps, expected 1 to {total} from the model card")))
+        }
+    }
+}
+
+/// Finds a class by number or name; in a file without a card any number is taken.
+pub fn find_class(info: &ModelInfo, text: &str) -> Result<usize> {
+    if !info.takes_class() {
+        return Err(Error::Request(format!(
+            "got class `{text}`, expected none: {} has no classes",
+            info.name
+        )));
+    }
+    match classes(info) {
+        Some(classes) => Ok(classes.find(text)?),
+        None => text.parse().map_err(|_| {
+            Error::Request(format!("got class `{text}`, expected a number: {} has no model card", info.name))
+        }),
+    }
+}
+
+/// The classes of a model, if its card names them.
+pub fn classes(info: &ModelInfo) -> Option<&Classes> {
+    info.card.as_ref().and_then(|card| card.provenance.classes.as_ref())
+}
+
+fn allocate(count: usize, len: usize) -> Result<Vec<f32>> {
+    let too_many = || Error::Request(format!("got {count} images, which do not fit into memory"));
+    if count == 0 {
+        return Err(Error::Request("got 0 images, expected at least 1".to_owned()));
+    }
+    let total = count.checked_mul(len).ok_or_else(too_many)?;
+    let mut values = Vec::new();
+    values.try_reserve_exact(total).map_err(|_| too_many())?;
+    values.resize(total, 0.0);
+    Ok(values)
+}
+
+/// A checked request.
+struct Plan<'a> {
+    info: &'a ModelInfo,
+    request: &'a Request,
+    /// Steps of a teacher; none for a generator.
+    path: Vec<DdimStep>,
+}
+
+impl<'a> Plan<'a> {
+    fn new(info: &'a ModelInfo, request: &'a Request) -> Result<Self> {
+        let steps = steps(info, request.steps)?;
+        let path = match (&info.card, info.kind) {
+            (Some(card), Kind::Teacher) => Schedule::new(&card.schedule).ddim(steps)?,
+            _ => Vec::new(),
+        };
+        match (info.takes_class(), classes(info), request.class) {
+            (true, None, Class::Cycle) => {
+                return Err(Error::Request(format!(
+                    "got no class, expected one: {} asks for it and has no model card that counts them\n\nhint: \
+                     `--class N`",
+                    info.name
+                )));
+            }
+            (true, Some(classes), Class::One(c)) if c >= classes.count => {
+                return Err(Error::Request(format!("got class {c}, expected 0 to {}", classes.count - 1)));
+            }
+            (false, _, Class::One(c)) => {
+                return Err(Error::Request(format!(
+                    "got class {c}, expected none: {} has no classes",
+                    info.name
+                )));
+            }
+            _ => {}
+        }
+        Ok(Self { info, request, path })
+    }
+
+    /// Fills `x` with the images that start at the request's image `start`.
+    fn sample(
+        &self,
+        start: usize,
+        x: &mut [f32],
+        run: &mut dyn FnMut(&Batch) -> Result<Vec<f32>>,
+        progress: &dyn Fn(usize),
+    ) -> Result<()> {
+        let n = x.len() / self.info.image_len();
+        let first = self.request.first + start as u64;
+        let class: Vec<i64> = (first..).take(n).map(|k| self.class_of(k) as i64).collect();
+        for (k, z) in (first..).zip(x.chunks_mut(self.info.image_len())) {
+            standard_normal(self.request.seed, k, z);
+        }
+        if self.path.is_empty() {
+            let x_gen = self.checked(run(&Batch { n, x, t: &[], class: &class })?, x.len(), first)?;
+            x.copy_from_slice(&x_gen);
+            progress(n);
+        }
+        for step in &self.path {
+            let t = vec![step.t as f32; n];
+            let eps_pred = self.checked(run(&Batch { n, x, t: &t, class: &class })?, x.len(), first)?;
+            step.apply(x, &eps_pred, Some(self.info.image.range));
+            progress(n);
+        }
+        Ok(())
+    }
+
+    fn class_of(&self, k: u64) -> usize {
+        match self.request.class {
+            Class::One(class) => class,
+            Class::Cycle => classes(self.info).map_or(0, |c| c.of_image(k)),
+        }
+    }
+
+    fn checked(&self, values: Vec<f32>, len: usize, first: u64) -> Result<Vec<f32>> {
+        if values.len() != len {
+            let problem = format!("its output has {} values, expected {len}", values.len());
+            return Err(Error::File { name: self.info.name.clone(), problem });
+        }
+        match values.iter().position(|v| !v.is_finite()) {
+            None => Ok(values),
+            Some(at) => {
+                let k = first + (at / self.info.image_len()) as u64;
+                let problem = format!("image {k} of seed {} came out as {}", self.request.seed, values[at]);
+                Err(Error::File { name: self.info.name.clone(), problem })
+            }
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! `dmd-run`: the command line and nothing else.
+
+mod cli;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use dmd_runtime_native::Provider;
+
+/// Generate images from an ONNX model made by dmd-export
+#[derive(Parser)]
+#[command(name = "dmd-run", version, args_conflicts_with_subcommands = true, after_help = cli::AFTER_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    sample: SampleArgs,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show what a model file says about itself
+    Info {
+        /// ONNX file [default: ./model.onnx, else the bundled model]
+        model: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the providers: what is here, and why the rest is not
+    Providers {
+        /// The onnxruntime library to ask
+        #[arg(long, value_name = "FILE")]
+        ort_lib: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Args)]
+struct SampleArgs {
+    /// ONNX file [default: ./model.onnx, else the bundled model]
+    model: Option<PathBuf>,
+    /// Network evaluations per image [default: 1 for a generator, 50 for a teacher]
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// Seed of the noise; image k of a seed is always the same
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u32,
+    /// Number of images; with `--class all`, per class
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    count: u32,
+    /// Class of all images by number or name, or `all` for a grid with a column per class [default: image k has
+    /// class k mod number of classes]
+    #[arg(long, value_name = "C")]
+    class: Option<String>,
+    /// What runs the network; auto is cuda, cpu or tract, whichever is first to be usable
+    #[arg(long, default_value = "auto", hide_possible_values = false, value_parser = provider())]
+    provider: Provider,
+    /// Threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// The onnxruntime library to load [default: searched, see below]
+    #[arg(long, value_name = "FILE")]
+    ort_lib: Option<PathBuf>,
+    /// Where to write: NAME.png, NAME.npy, or - for a PNG on stdout
+    #[arg(short, long, value_name = "FILE", default_value = "samples.png")]
+    output: PathBuf,
+    /// Put all images on one sheet
+    #[arg(long)]
+    grid: bool,
+    /// Replace existing files
+    #[arg(long)]
+    force: bool,
+}
+
+fn provider() -> impl TypedValueParser<Value = Provider> {
+    PossibleValuesParser::new(Provider::NAMES).try_map(|name| name.parse::<Provider>())
+}
+
+fn main() -> ExitCode {
+    let Cli { command, sample } = Cli::parse();
+    let result = match command {
+        Some(Command::Info { model, json }) => cli::info(model.as_deref(), json),
+        Some(Command::Providers { ort_lib, json }) => cli::providers(ort_lib, json),
+        None => cli::sample(&sample),
+    };
+    cli::exit_code(result)
+}

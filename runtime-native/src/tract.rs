@@ -1,0 +1,91 @@
+//! tract as an engine: compiled in, no library to find. Its plan takes one image at a time, which is both faster
+//! than its batches and independent of them; images run in parallel on the threads asked for.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use tract_onnx::prelude::*;
+
+use crate::file::{ModelFile, Role};
+use crate::generator::{Batch, Options};
+use crate::{Error, Result};
+
+/// A plan for one image.
+pub(crate) struct Tract {
+    plan: Arc<TypedRunnableModel>,
+    name: String,
+    roles: Vec<Option<Role>>,
+    output: usize,
+    image: [usize; 3],
+    pool: rayon::ThreadPool,
+}
+
+impl Tract {
+    /// Optimises a model for batches of one.
+    pub fn open(file: &ModelFile, options: &Options) -> Result<Self> {
+        let info = &file.info;
+        let [c, h, w] = info.image_shape();
+        let roles: Vec<Option<Role>> = info.inputs.iter().map(|p| p.role).collect();
+        let build = || -> TractResult<Arc<TypedRunnableModel>> {
+            let onnx = tract_onnx::onnx().with_ignore_value_info(true);
+            let mut model = onnx.model_for_proto_model(&file.proto)?;
+            for (i, role) in roles.iter().enumerate() {
+                let fact = match role {
+                    Some(Role::Image) => f32::fact([1, c, h, w]),
+                    Some(Role::Class) => i64::fact([1]),
+                    _ => f32::fact([1]),
+                };
+                model.set_input_fact(i, fact.into())?;
+            }
+            model.into_optimized()?.into_runnable()
+        };
+        let plan = guarded(build).map_err(|e| engine_error(&info.name, &e))?;
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(options.threads())
+            .build()
+            .map_err(|e| Error::Request(format!("cannot start {} threads: {e}", options.threads())))?;
+        let image = info.image_shape();
+        Ok(Self { plan, name: info.name.clone(), roles, output: info.output, image, pool })
+    }
+
+    /// The threads that images are spread over.
+    pub fn pool(&self) -> &rayon::ThreadPool {
+        &self.pool
+    }
+
+    /// Runs a batch of one.
+    pub fn run(&self, batch: &Batch) -> Result<Vec<f32>> {
+        guarded(|| self.evaluate(batch)).map_err(|e| engine_error(&self.name, &e))
+    }
+
+    fn evaluate(&self, batch: &Batch) -> TractResult<Vec<f32>> {
+        let [c, h, w] = self.image;
+        let inputs = self
+            .roles
+            .iter()
+            .map(|role| {
+                Ok(match role {
+                    Some(Role::Image) => Tensor::from_shape(&[1, c, h, w], batch.x)?,
+                    Some(Role::Class) => Tensor::from_shape(&[1], batch.class)?,
+                    _ => Tensor::from_shape(&[1], batch.t)?,
+                }
+                .into())
+            })
+            .collect::<TractResult<TVec<TValue>>>()?;
+        let outputs = self.plan.run(inputs)?;
+        Ok(outputs[self.output].to_plain_array_view::<f32>()?.iter().copied().collect())
+    }
+}
+
+/// tract panics on some graphs that no exporter writes; that becomes an error like any other.
+fn guarded<T>(work: impl FnOnce() -> TractResult<T>) -> TractResult<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let words = panic.downcast_ref::<String>().map(String::as_str);
+        let words = words.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
+        Err(TractError::msg(format!("it panicked: {words}")))
+    })
+}
+
+fn engine_error(name: &str, error: &TractError) -> Error {
+    Error::Engine { engine: "tract", name: name.to_owned(), message: format!("{error:#}") }
+}

@@ -1,0 +1,189 @@
+//! The browser's generator, run natively: tiny graphs written here whose outputs are known, and files that must be
+//! refused. `tests/web` checks the same code as WebAssembly, on the bundled model.
+
+use dmd_core::noise;
+use dmd_runtime_wasm::generator::Generator;
+use prost::Message;
+use serde_json::{Value, json};
+use tract_onnx::pb::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
+    TensorShapeProto, TypeProto, ValueInfoProto, attribute_proto::AttributeType, tensor_proto::DataType,
+    tensor_shape_proto::Dimension, tensor_shape_proto::dimension::Value as Dim, type_proto,
+    type_proto::Tensor,
+};
+
+const SHAPE: [i64; 3] = [1, 3, 4];
+
+/// `x_gen = z + class`, or `x_gen = -z` without a class.
+fn model(card: Option<Value>, conditional: bool) -> ModelProto {
+    let mut input = vec![value("z", DataType::Float, &SHAPE)];
+    let mut node = vec![];
+    if conditional {
+        input.push(value("class", DataType::Int64, &[]));
+        let to = AttributeProto {
+            name: "to".to_owned(),
+            i: DataType::Float as i64,
+            r#type: AttributeType::Int as i32,
+            ..Default::default()
+        };
+        node.push(NodeProto { attribute: vec![to], ..operator("Cast", &["class"], "shift") });
+        node.push(operator("Add", &["z", "shift"], "x_gen"));
+    } else {
+        node.push(operator("Neg", &["z"], "x_gen"));
+    }
+    let graph = GraphProto {
+        name: "tiny".to_owned(),
+        input,
+        node,
+        output: vec![value("x_gen", DataType::Float, &SHAPE)],
+        ..Default::default()
+    };
+    let entry = |card: Value| StringStringEntryProto { key: "dmd.card".to_owned(), value: card.to_string() };
+    ModelProto {
+        ir_version: 8,
+        opset_import: vec![OperatorSetIdProto { domain: String::new(), version: 18 }],
+        metadata_props: card.into_iter().map(entry).collect(),
+        graph: Some(graph),
+        ..Default::default()
+    }
+}
+
+fn operator(op: &str, inputs: &[&str], output: &str) -> NodeProto {
+    NodeProto {
+        op_type: op.to_owned(),
+        name: output.to_owned(),
+        input: inputs.iter().map(|i| (*i).to_owned()).collect(),
+        output: vec![output.to_owned()],
+        ..Default::default()
+    }
+}
+
+fn value(name: &str, element: DataType, shape: &[i64]) -> ValueInfoProto {
+    let batch = Dimension { value: Some(Dim::DimParam("n".to_owned())), ..Default::default() };
+    let rest = shape.iter().map(|n| Dimension { value: Some(Dim::DimValue(*n)), ..Default::default() });
+    let shape = TensorShapeProto { dim: std::iter::once(batch).chain(rest).collect() };
+    let tensor = Tensor { elem_type: element as i32, shape: Some(shape) };
+    let r#type = TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..Default::default() };
+    ValueInfoProto { name: name.to_owned(), r#type: Some(r#type), ..Default::default() }
+}
+
+fn card() -> Value {
+    json!({
+        "card_version": 1, "kind": "generator", "arch": "unet2d", "name": "tiny",
+        "image": { "channels": SHAPE[0], "height": SHAPE[1], "width": SHAPE[2], "range": [-1.0, 1.0] },
+        "classes": { "count": 3, "names": ["ankle", "boot", "coat"] },
+        "schedule": {
+            "_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear",
+            "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon"
+        },
+        "noise": "dmd-noise-1", "dtype": "f32", "parameters": 0, "macs": 0, "created_by": "test"
+    })
+}
+
+fn load(model: &ModelProto) -> dmd_runtime_wasm::Result<Generator> {
+    Generator::from_bytes(&model.encode_to_vec())
+}
+
+fn refusal(model: &ModelProto) -> String {
+    load(model).err().expect("the model was accepted").to_string()
+}
+
+fn z(seed: u32, image: u64) -> Vec<f32> {
+    let mut z = vec![0.0; 12];
+    noise::standard_normal(seed, image, &mut z);
+    z
+}
+
+#[test]
+fn an_image_is_the_graph_applied_to_the_contract_noise() -> anyhow::Result<()> {
+    let generator = load(&model(Some(card()), true))?;
+    let values = |image, class| generator.generate(9, image, class).map(|s| s.values);
+    let shifted = |image, by: f32| z(9, image).iter().map(|v| v + by).collect::<Vec<_>>();
+    assert_eq!(values(0, Some(0))?, z(9, 0));
+    assert_eq!(values(7, Some(2))?, shifted(7, 2.0));
+    assert_eq!(values(4, None)?, shifted(4, 1.0), "image 4 of 3 classes has class 1");
+    assert_eq!(generator.generate(9, 5, None)?.class, Some(2));
+    Ok(())
+}
+
+#[test]
+fn pixels_follow_the_range_of_the_card() -> anyhow::Result<()> {
+    let generator = load(&model(Some(card()), true))?;
+    let sample = generator.generate(1, 0, Some(0))?;
+    let level = |v: &f32| (((v + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0 + 0.5).floor() as u8;
+    let pixels = generator.pixels(&sample);
+    assert_eq!((pixels.height, pixels.width), (3, 4));
+    assert_eq!(pixels.data, z(1, 0).iter().map(level).collect::<Vec<_>>());
+    Ok(())
+}
+
+#[test]
+fn a_file_without_a_card_runs_by_its_shapes() -> anyhow::Result<()> {
+    let generator = load(&model(None, false))?;
+    assert!(generator.contract().card.is_none());
+    assert_eq!(generator.generate(3, 1, None)?.values, z(3, 1).iter().map(|v| -v).collect::<Vec<_>>());
+    let refused = generator.generate(3, 1, Some(0)).expect_err("a class was accepted").to_string();
+    assert_eq!(refused, "got class 0, expected none: the model is unconditional");
+    Ok(())
+}
+
+#[test]
+fn a_class_out_of_range_is_refused() -> anyhow::Result<()> {
+    let generator = load(&model(Some(card()), true))?;
+    let refused = generator.generate(0, 0, Some(3)).expect_err("class 3 was accepted").to_string();
+    assert_eq!(refused, "got class 3, expected 0 to 2");
+    Ok(())
+}
+
+#[test]
+fn bytes_that_are_not_a_whole_onnx_file_are_refused() {
+    let whole = model(Some(card()), true).encode_to_vec();
+    let page = b"<!doctype html><title>404</title>";
+    for bytes in [&[][..], &page[..], &whole[..whole.len() / 2], &whole[..whole.len() - 1]] {
+        let refused = Generator::from_bytes(bytes).err().expect("a broken file was accepted").to_string();
+        let expected = format!("got {} bytes that are not a complete ONNX file: ", bytes.len());
+        assert!(refused.starts_with(&expected), "{refused}");
+    }
+}
+
+#[test]
+fn a_teacher_file_is_refused() {
+    let mut card = card();
+    card["kind"] = json!("teacher");
+    let refused = refusal(&model(Some(card), true));
+    assert!(refused.starts_with("got a teacher file, expected a one-step generator"), "{refused}");
+}
+
+#[test]
+fn a_graph_that_is_no_generator_is_refused() {
+    let mut renamed = model(None, false);
+    let graph = renamed.graph.get_or_insert_default();
+    graph.input[0].name = "image".to_owned();
+    assert_eq!(refusal(&renamed), "got inputs `image`, expected `z` and perhaps `class`");
+
+    let mut silent = model(None, false);
+    silent.graph.get_or_insert_default().node.clear();
+    assert_eq!(refusal(&silent), "got outputs `x_gen`, expected `x_gen` as the result of an operator");
+
+    let mut unknown = model(None, false);
+    unknown.graph.get_or_insert_default().node[0].op_type = "Frobnicate".to_owned();
+    let refused = refusal(&unknown);
+    assert!(refused.starts_with("cannot prepare the model: ") && refused.contains("Frobnicate"), "{refused}");
+}
+
+#[test]
+fn a_card_that_disagrees_with_the_graph_is_refused() {
+    let mut wide = card();
+    wide["image"]["width"] = json!(5);
+    let expected = "input `z` has shape [n, 1, 3, 4], expected [n, 1, 3, 5] from the model card";
+    assert_eq!(refusal(&model(Some(wide), true)), expected);
+
+    let mut unnamed = card();
+    unnamed["classes"] = Value::Null;
+    let refused = refusal(&model(Some(unnamed), true));
+    assert!(refused.ends_with("does not say which classes there are"), "{refused}");
+
+    let mut newer = card();
+    newer["card_version"] = json!(2);
+    assert_eq!(refusal(&model(Some(newer), true)), "model card: got `card_version` 2, expected 1");
+}

@@ -1,0 +1,328 @@
+//! Distillation against PyTorch: networks, operations, losses and a training trajectory, value by value.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device, Tensor, Var};
+use dmd_core::compare::Tolerance;
+use dmd_core::net::{
+    Conv2d, Embedding, GroupNorm, Linear, OneStep, Ops, TimestepEmbedding,
+};
+use dmd_core::schedule::Schedule;
+use dmd_distill::checkpoint::{Checkpoint, Source};
+use dmd_distill::losses::{self, NoiseLevels};
+use dmd_distill::network::{Network, Tensors};
+use dmd_distill::ops::CandleOps;
+use dmd_distill::optimiser::{AdamW, AdamWConfig};
+use dmd_tests::{Golden, compare, compare_scaled, fixture};
+use serde_json::Value;
+
+const CPU: Device = Device::Cpu;
+/// The bound on predicted noise.
+const EPS_PRED: Tolerance = Tolerance { abs: 1e-4, rel: 0.0 };
+/// The key bias of an attention has no effect; its gradient is rounding noise (tests/golden/README.md).
+const WITHOUT_EFFECT: &str = "to_k.bias";
+
+fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}
+
+fn floats(golden: &Golden, name: &str) -> Result<Tensor> {
+    Ok(Tensor::from_vec(golden.f32(name)?, golden.shape(name)?, &CPU)?)
+}
+
+fn indices(golden: &Golden, name: &str) -> Result<Vec<u32>> {
+    golden.i64(name)?.into_iter().map(|v| u32::try_from(v).context("negative")).collect()
+}
+
+fn checkpoint(name: &str) -> Result<Checkpoint> {
+    Ok(Checkpoint::load(&Source::Folder(fixture(name)))?)
+}
+
+fn weights(golden: &Golden, prefix: &str) -> Result<Tensors> {
+    golden
+        .names_under(prefix)
+        .map(|name| Ok((name.to_owned(), floats(golden, &format!("{prefix}{name}"))?)))
+        .collect()
+}
+
+#[test]
+fn unet2d_matches_diffusers_with_every_gradient() -> Result<()> {
+    for (folder, file) in [("tiny-ddpm", "unet_tiny_ddpm"), ("tiny-class", "unet_tiny_class")] {
+        let (base, golden) = (checkpoint(folder)?, Golden::load(file)?);
+        let network = Network::trainable(&base.config, &base.tensors, &CPU)?;
+        let x_t = Var::from_tensor(&floats(&golden, "x_t")?)?;
+        let t = floats(&golden, "timesteps")?;
+        let class = match golden.has("class") {
+            true => Some(Tensor::new(indices(&golden, "class")?, &CPU)?),
+            false => None,
+        };
+        let eps_pred = network.eps_pred(&x_t, &t, class.as_ref())?;
+        compare(file, &flat(&eps_pred)?, &golden.f32("eps_pred")?, EPS_PRED)?;
+        let grads = (eps_pred * floats(&golden, "cotangent")?)?.mean_all()?.backward()?;
+        let mut compared = 0;
+        for (name, var) in network.variables() {
+            let got = flat(grads.get(var).with_context(|| format!("no gradient for `{name}`"))?)?;
+            let expected = golden.f32(&format!("grad.{name}"))?;
+            compare_scaled(&format!("{file}, {name}"), &got, &expected, 1e-4, 1e-7)?;
+            compared += 1;
+        }
+        ensure!(compared == golden.names_under("grad.").count() - 1, "{compared} gradients compared");
+        let got = flat(grads.get(&x_t).context("no gradient for x_t")?)?;
+        compare_scaled("x_t", &got, &golden.f32("grad.x_t")?, 1e-4, 1e-7)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn one_step_matches_diffusers() -> Result<()> {
+    let (base, golden) = (checkpoint("tiny-class")?, Golden::load("one_step")?);
+    let network = Network::frozen(&base.config, &base.tensors, &CPU)?;
+    let class = Tensor::new(indices(&golden, "class")?, &CPU)?;
+    let x_gen = network.one_step(&generator(&base), &floats(&golden, "z")?, Some(&class))?;
+    compare("x_gen", &flat(&x_gen)?, &golden.f32("x_gen")?, Tolerance { abs: 1e-4, rel: 1e-4 })
+}
+
+fn generator(base: &Checkpoint) -> OneStep {
+    let schedule = Schedule::new(&base.schedule);
+    OneStep { t_gen: 440, input_scale: 1.0, alpha_t: schedule.alpha_t(440), sigma_t: schedule.sigma_t(440) }
+}
+
+/// Every case of `scripts/golden_ops.py`, with the gradients of all its inputs.
+#[test]
+fn operations_match_pytorch() -> Result<()> {
+    let golden = Golden::load("ops")?;
+    let cases = golden.cases()?.as_object().context("`cases` is no object")?.clone();
+    for (case, about) in &cases {
+        let inputs: BTreeMap<&str, Var> = ["x", "a", "b", "q", "k", "v", "weight", "bias"]
+            .into_iter()
+            .filter(|input| golden.has(&format!("{case}.{input}")))
+            .map(|input| Ok((input, Var::from_tensor(&floats(&golden, &format!("{case}.{input}"))?)?)))
+            .collect::<Result<_>>()?;
+        let y = run_case(&golden, case, about, &inputs).with_context(|| case.clone())?;
+        compare_scaled(case, &flat(&y)?, &golden.f32(&format!("{case}.y"))?, 1e-5, 1e-6)?;
+        if !golden.has(&format!("{case}.cotangent")) {
+            continue;
+        }
+        let grads = (y * floats(&golden, &format!("{case}.cotangent"))?)?.sum_all()?.backward()?;
+        for (input, var) in &inputs {
+            let what = format!("{case}, gradient of {input}");
+            let got = flat(grads.get(var).with_context(|| what.clone())?)?;
+            compare_scaled(&what, &got, &golden.f32(&format!("{case}.grad.{input}"))?, 1e-5, 2e-6)?;
+        }
+    }
+    ensure!(cases.len() > 60, "only {} cases", cases.len());
+    Ok(())
+}
+
+fn number(about: &Value, key: &str) -> Result<usize> {
+    Ok(usize::try_from(about[key].as_u64().with_context(|| format!("`{key}` in {about}"))?)?)
+}
+
+fn run_case(golden: &Golden, case: &str, about: &Value, inputs: &BTreeMap<&str, Var>) -> Result<Tensor> {
+    let named = ["weight", "bias"]
+        .into_iter()
+        .filter_map(|n| Some((format!("layer.{n}"), inputs.get(n)?.as_tensor().clone())))
+        .collect();
+    let mut ops = CandleOps::new(&named, &CPU);
+    let input = |name: &str| -> Result<&Tensor> {
+        Ok(inputs.get(name).with_context(|| format!("no input `{name}`"))?.as_tensor())
+    };
+    let shape = |name: &str| golden.shape(&format!("{case}.{name}"));
+    let linear = || -> Result<Linear> {
+        Ok(Linear { in_features: shape("weight")?[1], out_features: shape("weight")?[0] })
+    };
+    let op = about["op"].as_str().context("no `op`")?;
+    Ok(match op {
+        "conv2d" => {
+            let padding: [usize; 4] = serde_json::from_value(about["padding"].clone())?;
+            let [out_channels, in_channels, kernel, _] = *shape("weight")? else { anyhow::bail!("weight") };
+            let stride = number(about, "stride")?;
+            ops.conv2d(input("x")?, "layer", Conv2d { in_channels, out_channels, kernel, stride, padding })?
+        }
+        "group_norm" => {
+            let spec = GroupNorm {
+                channels: shape("x")?[1],
+                groups: number(about, "groups")?,
+                eps: about["eps"].as_f64().context("eps")?,
+                silu: about["silu"].as_bool().context("silu")?,
+            };
+            ops.group_norm(input("x")?, "layer", spec)?
+        }
+        "silu" => ops.silu(input("x")?)?,
+        "linear" => ops.linear(input("x")?, "layer", linear()?)?,
+        "pointwise" => ops.pointwise(input("x")?, "layer", linear()?)?,
+        "attention" => ops.attention(input("q")?, input("k")?, input("v")?, number(about, "heads")?)?,
+        "upsample_nearest2x" => {
+            let y = ops.upsample_nearest2x(input("x")?)?;
+            match about["then"].as_str() {
+                None => y,
+                Some(_) => {
+                    let again = ops.silu(input("x")?)?;
+                    let again = ops.upsample_nearest2x(&again)?;
+                    ops.add(&y, &again)?
+                }
+            }
+        }
+        "concat" => ops.concat(input("a")?, input("b")?)?,
+        "add" => ops.add(input("a")?, input("b")?)?,
+        "add_bias" => ops.add_bias(input("x")?, input("bias")?)?,
+        "scale" => ops.scale(input("x")?, about["factor"].as_f64().context("factor")?)?,
+        "embedding" => {
+            let index: Vec<u32> = serde_json::from_value(about["index"].clone())?;
+            let index = Tensor::new(index, &CPU)?;
+            let [rows, features] = *shape("weight")? else { anyhow::bail!("weight") };
+            ops.embedding(&index, "layer", Embedding { rows, features })?
+        }
+        "timestep_embedding" => {
+            let spec = TimestepEmbedding {
+                features: number(about, "features")?,
+                flip_sin_to_cos: about["flip"].as_bool().context("flip")?,
+                freq_shift: about["freq_shift"].as_f64().context("freq_shift")?,
+            };
+            ops.timestep_embedding(&floats(golden, &format!("{case}.t"))?, spec)?
+        }
+        other => anyhow::bail!("operation `{other}` is not tested here"),
+    })
+}
+
+/// The tensors of one training step: `once.NAME`, or row `i` of `steps.NAME`.
+struct Step<'a> {
+    golden: &'a Golden,
+    row: Option<usize>,
+}
+
+impl Step<'_> {
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", if self.row.is_some() { "steps" } else { "once" })
+    }
+
+    fn floats(&self, name: &str) -> Result<Tensor> {
+        let all = floats(self.golden, &self.key(name))?;
+        Ok(match self.row {
+            Some(row) => all.get(row)?,
+            None => all,
+        })
+    }
+
+    fn indices(&self, name: &str) -> Result<Vec<u32>> {
+        let all = indices(self.golden, &self.key(name))?;
+        Ok(match self.row {
+            Some(row) => all.chunks_exact(3).nth(row).context("no such row")?.to_vec(),
+            None => all,
+        })
+    }
+
+    fn expected(&self, name: &str) -> Result<f32> {
+        let all = self.golden.f32(&self.key(name))?;
+        all.get(self.row.unwrap_or(0)).copied().context("no such row")
+    }
+
+    fn loss(&self, name: &str, got: &Tensor) -> Result<()> {
+        let expected = self.expected(name)?;
+        compare(&self.key(name), &[got.to_scalar()?], &[expected], Tolerance { abs: 0.0, rel: 1e-4 })
+    }
+}
+
+struct Networks {
+    teacher: Network,
+    generator: Network,
+    fake: Network,
+    schedule: Schedule,
+    one_step: OneStep,
+}
+
+impl Networks {
+    fn load(golden: &Golden) -> Result<Self> {
+        let base = checkpoint("tiny-class")?;
+        Ok(Self {
+            teacher: Network::frozen(&base.config, &base.tensors, &CPU)?,
+            generator: Network::trainable(&base.config, &weights(golden, "generator.")?, &CPU)?,
+            fake: Network::trainable(&base.config, &weights(golden, "fake.")?, &CPU)?,
+            schedule: Schedule::new(&base.schedule),
+            one_step: generator(&base),
+        })
+    }
+
+    /// `x_gen`, and the two generator losses.
+    fn generator_losses(&self, step: &Step) -> Result<(Tensor, Tensor, Tensor)> {
+        let class = Tensor::new(step.indices("class")?, &CPU)?;
+        let x_gen = self.generator.one_step(&self.one_step, &step.floats("z")?, Some(&class))?;
+        let levels = NoiseLevels::new(&self.schedule, &step.indices("t")?, &CPU)?;
+        let x_t = levels.noisy(&x_gen.detach(), &step.floats("eps")?)?;
+        let x0 = |network: &Network| -> Result<Tensor> {
+            Ok(levels.x0_from_eps(&x_t, &network.eps_pred(&x_t, &levels.t, Some(&class))?)?)
+        };
+        let (x0_real, x0_fake) = (x0(&self.teacher)?, x0(&self.fake.without_gradient())?);
+        let gradient = losses::distribution_matching_gradient(&x_gen, &x0_real, &x0_fake)?;
+        if step.row.is_none() {
+            compare_scaled("dm_gradient", &flat(&gradient)?, &step.golden.f32("once.dm_gradient")?, 1e-4, 0.0)?;
+        }
+        let dm = losses::distribution_matching(&x_gen, &gradient)?;
+        let class = Tensor::new(step.indices("class_ref")?, &CPU)?;
+        let x_ref = self.generator.one_step(&self.one_step, &step.floats("z_ref")?, Some(&class))?;
+        Ok((x_gen.detach(), dm, losses::regression(&x_ref, &step.floats("y_ref")?)?))
+    }
+
+    fn critic_loss(&self, step: &Step, x_gen: &Tensor) -> Result<Tensor> {
+        let class = Tensor::new(step.indices("class")?, &CPU)?;
+        let levels = NoiseLevels::new(&self.schedule, &step.indices("t_fake")?, &CPU)?;
+        let eps = step.floats("eps_fake")?;
+        let eps_pred = self.fake.eps_pred(&levels.noisy(x_gen, &eps)?, &levels.t, Some(&class))?;
+        Ok(losses::denoising(&eps_pred, &eps)?)
+    }
+}
+
+#[test]
+fn the_three_losses_match_pytorch_with_every_gradient() -> Result<()> {
+    let golden = Golden::load("losses")?;
+    let networks = Networks::load(&golden)?;
+    let step = Step { golden: &golden, row: None };
+    let (x_gen, dm, reg) = networks.generator_losses(&step)?;
+    let critic = networks.critic_loss(&step, &x_gen)?;
+    step.loss("loss.dm", &dm)?;
+    step.loss("loss.reg", &reg)?;
+    step.loss("loss.critic", &critic)?;
+    for (role, network, loss) in
+        [("generator", &networks.generator, (dm + (reg * 0.5)?)?), ("fake", &networks.fake, critic)]
+    {
+        let grads = loss.backward()?;
+        for (name, var) in network.variables() {
+            let got = flat(grads.get(var).with_context(|| format!("no gradient for `{name}`"))?)?;
+            let expected = golden.f32(&format!("grad.{role}.{name}"))?;
+            compare_scaled(&format!("{role}, {name}"), &got, &expected, 1e-4, 1e-6)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn ten_training_steps_match_pytorch() -> Result<()> {
+    let golden = Golden::load("losses")?;
+    let networks = Networks::load(&golden)?;
+    let config = AdamWConfig::new(1e-3, 1);
+    let mut generator = AdamW::new(config, networks.generator.variables())?;
+    let mut fake = AdamW::new(config, networks.fake.variables())?;
+    for row in 0..10 {
+        let step = Step { golden: &golden, row: Some(row) };
+        let (x_gen, dm, reg) = networks.generator_losses(&step)?;
+        step.loss("loss.dm", &dm)?;
+        step.loss("loss.reg", &reg)?;
+        let grads = (dm + (reg * 0.5)?)?.backward()?;
+        let norm = generator.step(networks.generator.variables(), &grads)?;
+        let critic = networks.critic_loss(&step, &x_gen)?;
+        step.loss("loss.critic", &critic)?;
+        let fake_norm = fake.step(networks.fake.variables(), &critic.backward()?)?;
+        for (role, norm) in [("generator", norm), ("fake", fake_norm)] {
+            let expected = step.expected(&format!("grad_norm.{role}"))?;
+            compare(role, &[norm as f32], &[expected], Tolerance { abs: 0.0, rel: 1e-4 })?;
+        }
+    }
+    for (role, network) in [("generator", &networks.generator), ("fake", &networks.fake)] {
+        for (name, var) in network.variables().iter().filter(|(n, _)| !n.ends_with(WITHOUT_EFFECT)) {
+            let expected = golden.f32(&format!("final.{role}.{name}"))?;
+            compare(name, &flat(var)?, &expected, Tolerance { abs: 1e-4, rel: 1e-4 })?;
+        }
+    }
+    Ok(())
+}

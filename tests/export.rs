@@ -1,0 +1,332 @@
+//! Exported graphs against diffusers' goldens, the exporter's own unfolded evaluation, and the file contract. Files
+//! are run by tract here; `scripts/check_onnx.py` runs them with onnxruntime and the ONNX reference evaluator.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use dmd_core::card::{CARD_KEY, GeneratorConfig, ModelCard};
+use dmd_core::compare::Tolerance;
+use dmd_core::net::shapes::summarise;
+use dmd_core::net::{Conv2d, Embedding, GroupNorm, Linear, Ops, TimestepEmbedding};
+use dmd_export::partial::{Exporter, Known, Value};
+use dmd_export::{Array, Checkpoint, Kind, evaluate, export};
+use dmd_tests::{Golden, compare, fixture};
+use serde_json::Value as Json;
+use tract_onnx::pb::{GraphProto, ModelProto, OperatorSetIdProto};
+use tract_onnx::prelude::*;
+
+/// Tighter than `Tolerance::MODEL`: what this project promises for the small configurations.
+const GOLDEN: Tolerance = Tolerance { abs: 1e-4, rel: 0.0 };
+
+fn checkpoint(name: &str) -> Result<Checkpoint> {
+    Ok(Checkpoint::load(&fixture(name))?)
+}
+
+fn generator(name: &str, t_gen: usize, input_scale: f64) -> Result<Checkpoint> {
+    Ok(Checkpoint { generator: Some(GeneratorConfig { t_gen, input_scale }), ..checkpoint(name)? })
+}
+
+fn array(golden: &Golden, name: &str) -> Result<Array> {
+    Ok(Array::new(golden.shape(name)?, golden.f32(name)?)?)
+}
+
+fn classes(golden: &Golden) -> Result<Vec<usize>> {
+    Ok(golden.i64("class")?.into_iter().map(usize::try_from).collect::<Result<_, _>>()?)
+}
+
+fn noise(shape: &[usize], seed: u32) -> Array {
+    let mut array = Array::filled(shape, 0.0);
+    dmd_core::noise::standard_normal(seed, 0, &mut array.data);
+    array
+}
+
+fn tensor(array: &Array) -> Result<TValue> {
+    Ok(Tensor::from_shape(&array.shape, &array.data)?.into())
+}
+
+fn class_tensor(class: &[usize]) -> Result<TValue> {
+    let class: Vec<i64> = class.iter().map(|&c| c as i64).collect();
+    Ok(Tensor::from_shape(&[class.len()], &class)?.into())
+}
+
+/// Runs a file, with a symbolic batch, on several inputs.
+fn run(bytes: &[u8], inputs: Vec<TVec<TValue>>) -> Result<Vec<Vec<f32>>> {
+    run_model(tract_onnx::onnx().model_for_read(&mut &bytes[..])?, inputs)
+}
+
+fn run_model(model: InferenceModel, inputs: Vec<TVec<TValue>>) -> Result<Vec<Vec<f32>>> {
+    let plan = model.into_optimized()?.into_runnable()?;
+    let run = |inputs| -> Result<Vec<f32>> {
+        Ok(plan.run(inputs)?[0].to_plain_array_view::<f32>()?.iter().copied().collect())
+    };
+    inputs.into_iter().map(run).collect()
+}
+
+/// A graph without a card, for single operations.
+fn model_of(graph: GraphProto) -> Result<InferenceModel> {
+    let opset_import = vec![OperatorSetIdProto { domain: String::new(), version: 18 }];
+    let proto = ModelProto { ir_version: 10, opset_import, graph: Some(graph), ..Default::default() };
+    tract_onnx::onnx().model_for_proto_model(&proto)
+}
+
+/// Golden: `scripts/golden_unet.py`; diffusers' `UNet2DModel` in f64.
+#[test]
+fn the_exported_teacher_matches_diffusers() -> Result<()> {
+    for (name, file) in [("tiny-ddpm", "unet_tiny_ddpm"), ("tiny-class", "unet_tiny_class")] {
+        let (checkpoint, golden) = (checkpoint(name)?, Golden::load(file)?);
+        let (x_t, t, expected) =
+            (array(&golden, "x_t")?, array(&golden, "timesteps")?, golden.f32("eps_pred")?);
+        let class = golden.has("class").then(|| classes(&golden)).transpose()?;
+        let evaluated = evaluate::eps_pred(&checkpoint, &x_t, &t.data, class.as_deref())?;
+        compare(&format!("{name}, evaluated"), &evaluated.data, &expected, GOLDEN)?;
+
+        let mut inputs = tvec![tensor(&x_t)?, tensor(&t)?];
+        if let Some(class) = &class {
+            inputs.push(class_tensor(class)?);
+        }
+        let exported = export(&checkpoint, Kind::Teacher)?;
+        let got = &run(&exported.bytes, vec![inputs])?[0];
+        compare(&format!("{name}, by tract"), got, &expected, GOLDEN)?;
+    }
+    Ok(())
+}
+
+/// Golden: `scripts/golden_unet.py`; tiny-class as a one-step generator.
+#[test]
+fn the_exported_generator_matches_diffusers() -> Result<()> {
+    let (checkpoint, golden) = (generator("tiny-class", 440, 1.0)?, Golden::load("one_step")?);
+    let (z, class, expected) = (array(&golden, "z")?, classes(&golden)?, golden.f32("x_gen")?);
+    let evaluated = evaluate::x_gen(&checkpoint, &z, Some(&class))?;
+    compare("evaluated", &evaluated.data, &expected, GOLDEN)?;
+    let exported = export(&checkpoint, Kind::Generator)?;
+    let got = &run(&exported.bytes, vec![tvec![tensor(&z)?, class_tensor(&class)?]])?[0];
+    compare("by tract", got, &expected, GOLDEN)
+}
+
+#[test]
+fn folded_equals_unfolded_for_every_class_and_batch() -> Result<()> {
+    let checkpoint = generator("tiny-class", 123, 0.8)?;
+    let exported = export(&checkpoint, Kind::Generator)?;
+    let rows = checkpoint.config.class_rows().context("conditional")?;
+    let mut batches: Vec<Vec<usize>> = (0..rows).map(|class| vec![class]).collect();
+    batches.extend([vec![4, 0], vec![10, 3, 3, 0, 9, 1, 7]]);
+    let inputs: Vec<Array> = (0..).zip(&batches).map(|(i, b)| noise(&[b.len(), 1, 12, 12], i)).collect();
+    let feed = inputs.iter().zip(&batches).map(|(z, c)| Ok(tvec![tensor(z)?, class_tensor(c)?]));
+    let got = run(&exported.bytes, feed.collect::<Result<_>>()?)?;
+    for ((z, class), got) in inputs.iter().zip(&batches).zip(got) {
+        let expected = evaluate::x_gen(&checkpoint, z, Some(class))?;
+        compare(&format!("classes {class:?}"), &got, &expected.data, GOLDEN)?;
+    }
+    Ok(())
+}
+
+/// At the last step the image is the network's error divided by a small `alpha_t`: the errors before that are compared.
+#[test]
+fn folded_equals_unfolded_without_classes() -> Result<()> {
+    let checkpoint = generator("tiny-ddpm", 999, 1.0)?;
+    let exported = export(&checkpoint, Kind::Generator)?;
+    let alpha_t = checkpoint.one_step()?.alpha_t as f32;
+    let scaled = |values: &[f32]| values.iter().map(|v| v * alpha_t).collect::<Vec<_>>();
+    for batch in [1, 2, 7] {
+        let z = noise(&[batch, 3, 16, 16], 5);
+        let got = &run(&exported.bytes, vec![tvec![tensor(&z)?]])?[0];
+        let expected = evaluate::x_gen(&checkpoint, &z, None)?;
+        compare(&format!("batch {batch}"), &scaled(got), &scaled(&expected.data), GOLDEN)?;
+    }
+    Ok(())
+}
+
+/// Golden: `scripts/golden_ops.py`; every operation alone, evaluated and by tract from the exported operators.
+#[test]
+fn every_operation_matches_pytorch() -> Result<()> {
+    let golden = Golden::load("ops")?;
+    let cases = golden.cases()?.as_object().context("the header lists the cases")?;
+    ensure!(cases.len() > 60, "got {} cases", cases.len());
+    for (case, spec) in cases {
+        let tensor_of = |key: &str| array(&golden, &format!("{case}.{key}"));
+        let mut weights = BTreeMap::new();
+        for key in ["weight", "bias"] {
+            if golden.has(&format!("{case}.{key}")) && spec["op"] != "add_bias" {
+                weights.insert(format!("layer.{key}"), tensor_of(key)?);
+            }
+        }
+        let keys: &[&str] = match spec["op"].as_str().context("op")? {
+            "add" | "concat" => &["a", "b"],
+            "add_bias" => &["x", "bias"],
+            "attention" => &["q", "k", "v"],
+            "timestep_embedding" => &["t"],
+            "embedding" => &[],
+            _ => &["x"],
+        };
+        let inputs = keys.iter().map(|key| tensor_of(key)).collect::<Result<Vec<_>>>()?;
+        let y = tensor_of("y")?;
+        let tolerance = Tolerance { abs: 3e-5, rel: 1e-4 };
+
+        let mut evaluator = evaluate::Evaluate::new(&weights);
+        let got = apply(&mut evaluator, spec, &weights, &inputs, evaluate::class_array)?;
+        compare(&format!("{case}, evaluated"), &got.data, &y.data, tolerance)?;
+        ensure!(got.shape == y.shape, "{case}: got shape {:?}, expected {:?}", got.shape, y.shape);
+
+        if spec["op"] == "embedding" {
+            continue;
+        }
+        let mut exporter = Exporter::new(&weights);
+        let names = ["first", "second", "third"];
+        let mut values = Vec::new();
+        let mut feed = tvec![];
+        for (name, array) in names.into_iter().zip(&inputs) {
+            if array.rows() == y.rows() {
+                values.push(exporter.input(name, &array.shape[1..]));
+                feed.push(tensor(array)?);
+            } else {
+                values.push(Value::Const(Known { array: array.clone(), name: name.into() }));
+            }
+        }
+        let value = apply(&mut exporter, spec, &weights, &values, |_| values[0].clone())?;
+        let Value::Flow(flow) = value else { anyhow::bail!("{case}: folded away") };
+        let graph = exporter.graph.finish(flow.edge, "y", &flow.shape).graph;
+        let got = &run_model(model_of(graph)?, vec![feed]).with_context(|| case.clone())?[0];
+        compare(&format!("{case}, by tract"), got, &y.data, tolerance)?;
+    }
+    Ok(())
+}
+
+/// One operation as the case describes it.
+fn apply<O: Ops<Error = dmd_export::Error>>(
+    ops: &mut O,
+    spec: &Json,
+    weights: &BTreeMap<String, Array>,
+    x: &[O::Value],
+    index: impl Fn(&[usize]) -> O::Value,
+) -> Result<O::Value> {
+    let number = |key: &str| spec[key].as_u64().map(|v| v as usize).with_context(|| key.to_owned());
+    let shape = weights.get("layer.weight").map(|w| w.shape.clone()).unwrap_or_default();
+    let linear = || Linear { in_features: shape[1], out_features: shape[0] };
+    Ok(match spec["op"].as_str().context("op")? {
+        "conv2d" => {
+            let padding: [usize; 4] = serde_json::from_value(spec["padding"].clone())?;
+            let (kernel, stride) = (number("kernel")?, number("stride")?);
+            let spec = Conv2d { in_channels: shape[1], out_channels: shape[0], kernel, stride, padding };
+            ops.conv2d(&x[0], "layer", spec)?
+        }
+        "group_norm" => {
+            let eps = spec["eps"].as_f64().context("eps")?;
+            let silu = spec["silu"].as_bool().context("silu")?;
+            let spec = GroupNorm { channels: shape[0], groups: number("groups")?, eps, silu };
+            ops.group_norm(&x[0], "layer", spec)?
+        }
+        "linear" => ops.linear(&x[0], "layer", linear())?,
+        "pointwise" => ops.pointwise(&x[0], "layer", linear())?,
+        "embedding" => {
+            let rows: Vec<usize> = serde_json::from_value(spec["index"].clone())?;
+            ops.embedding(&index(&rows), "layer", Embedding { rows: shape[0], features: shape[1] })?
+        }
+        "timestep_embedding" => {
+            let flip_sin_to_cos = spec["flip"].as_bool().context("flip")?;
+            let freq_shift = spec["freq_shift"].as_f64().context("freq_shift")?;
+            let spec = TimestepEmbedding { features: number("features")?, flip_sin_to_cos, freq_shift };
+            ops.timestep_embedding(&x[0], spec)?
+        }
+        "silu" => ops.silu(&x[0])?,
+        "add" => ops.add(&x[0], &x[1])?,
+        "add_bias" => ops.add_bias(&x[0], &x[1])?,
+        "scale" => ops.scale(&x[0], spec["factor"].as_f64().context("factor")?)?,
+        "concat" => ops.concat(&x[0], &x[1])?,
+        "attention" => ops.attention(&x[0], &x[1], &x[2], number("heads")?)?,
+        "upsample_nearest2x" => {
+            let y = ops.upsample_nearest2x(&x[0])?;
+            if spec.get("then").is_none() {
+                return Ok(y);
+            }
+            let active = ops.silu(&x[0])?;
+            let active = ops.upsample_nearest2x(&active)?;
+            ops.add(&y, &active)?
+        }
+        other => anyhow::bail!("unknown operation `{other}`"),
+    })
+}
+
+#[test]
+fn the_generators_operators_are_these() -> Result<()> {
+    let summary = export(&generator("tiny-class", 440, 1.0)?, Kind::Generator)?.summary;
+    let operators: Vec<String> = summary.operators.iter().map(|(op, n)| format!("{op} {n}")).collect();
+    let expected = "Add 54, Concat 6, Conv 51, Gather 11, InstanceNormalization 27, MatMul 8, \
+        Mul 56, Reshape 70, Resize 2, Sigmoid 23, Softmax 4, Transpose 8";
+    assert_eq!(operators.join(", "), expected);
+    Ok(())
+}
+
+#[test]
+fn the_time_and_class_paths_are_gone_from_the_generator() -> Result<()> {
+    let checkpoint = generator("tiny-class", 440, 1.0)?;
+    let exported = export(&checkpoint, Kind::Generator)?;
+    let graph = tract_onnx::onnx().proto_model_for_read(&mut &exported.bytes[..])?.graph.context("graph")?;
+    let stored: BTreeMap<&str, &[i64]> =
+        graph.initializer.iter().map(|t| (t.name.as_str(), t.dims.as_slice())).collect();
+    let gone = |name: &str| {
+        ["time_embedding.", "class_embedding."].iter().any(|p| name.starts_with(p))
+            || name.contains(".time_emb_proj.")
+    };
+    for (name, array) in &checkpoint.weights {
+        let dims = stored.get(name.as_str());
+        if gone(name) {
+            ensure!(dims.is_none(), "`{name}` is stored");
+        } else if name.ends_with("conv1.bias") {
+            ensure!(dims == Some(&&[11, array.shape[0] as i64, 1, 1][..]), "`{name}`: {dims:?}");
+        } else {
+            let numbers = dims.with_context(|| format!("`{name}` is missing"))?.iter().product::<i64>();
+            ensure!(numbers == array.data.len() as i64, "`{name}`: {dims:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_card_in_the_file_says_what_it_needs() -> Result<()> {
+    let checkpoint = generator("tiny-class", 440, 1.0)?;
+    let exported = export(&checkpoint, Kind::Generator)?;
+    let proto = tract_onnx::onnx().proto_model_for_read(&mut &exported.bytes[..])?;
+    ensure!((proto.ir_version, proto.opset_import.len(), proto.opset_import[0].version) == (10, 1, 18));
+    let entry = proto.metadata_props.iter().find(|p| p.key == CARD_KEY).context("card")?;
+    let card = ModelCard::from_json(&entry.value)?;
+    ensure!(entry.value == serde_json::to_string(&exported.card)?);
+    ensure!((card.kind, card.t_gen, card.image_shape()) == (Kind::Generator, Some(440), [1, 12, 12]));
+    ensure!(card.alpha_t.is_some_and(|a| (a - 0.371).abs() < 1e-3), "{:?}", card.alpha_t);
+    ensure!(card.provenance.name == "tiny-class" && card.schedule == checkpoint.schedule);
+    ensure!(card.provenance.classes.as_ref().is_some_and(|c| c.count == 11));
+    ensure!(export(&checkpoint, Kind::Generator)? == exported, "two exports differ");
+
+    let base = self::checkpoint("tiny-class")?;
+    let teacher = export(&base, Kind::Teacher)?.card;
+    ensure!((teacher.kind, teacher.t_gen, teacher.alpha_t) == (Kind::Teacher, None, None));
+    ensure!(teacher.macs == summarise(&base.config)?.total_macs(), "got {} MACs", teacher.macs);
+    ensure!(card.macs < teacher.macs && card.parameters < teacher.parameters);
+    Ok(())
+}
+
+/// A bias merges into a convolution only for those who read the sum.
+#[test]
+fn a_convolution_that_is_also_read_without_the_bias_keeps_its_own() -> Result<()> {
+    let weights = BTreeMap::from([
+        ("conv.weight".to_owned(), Array::new(&[1, 1, 1, 1], vec![2.0])?),
+        ("conv.bias".to_owned(), Array::new(&[1], vec![1.0])?),
+    ]);
+    let mut ops = Exporter::new(&weights);
+    let x = ops.input("x", &[1, 1, 1]);
+    let class = ops.class("class", 2);
+    let spec = Conv2d { in_channels: 1, out_channels: 1, kernel: 1, stride: 1, padding: [0; 4] };
+    let plain = ops.conv2d(&x, "conv", spec)?;
+    let known = |data: Vec<f32>| -> Result<Known> {
+        Ok(Known { array: Array::new(&[data.len(), 1], data)?, name: "bias".into() })
+    };
+    let biased = ops.add_bias(&plain, &Value::Const(known(vec![10.0])?))?;
+    ensure!(matches!(class, Value::Table(_)));
+    let by_class = ops.add_bias(&plain, &Value::Table(known(vec![100.0, 200.0])?))?;
+    let sum = ops.concat(&plain, &biased)?;
+    let Value::Flow(flow) = ops.concat(&sum, &by_class)? else { anyhow::bail!("folded away") };
+    let graph = ops.graph.finish(flow.edge, "y", &flow.shape).graph;
+    let feed = tvec![tensor(&Array::new(&[2, 1, 1, 1], vec![3.0, 5.0])?)?, class_tensor(&[1, 0])?];
+    let got = run_model(model_of(graph)?, vec![feed])?;
+    ensure!(got[0] == [7.0, 17.0, 207.0, 11.0, 21.0, 111.0], "{:?}", got[0]);
+    Ok(())
+}

@@ -1,0 +1,434 @@
+//! `dmd-run` and its library: both engines draw the same pictures, an image depends on its seed and number alone,
+//! DDIM follows the schedule, outputs are what `--help` says, and every refusal leaves the disk as it was.
+//! Small models with a known answer are built here; pictures are those of the bundled model.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use dmd_core::compare::Tolerance;
+use dmd_core::noise::standard_normal;
+use dmd_core::schedule::{Schedule, ScheduleConfig};
+use dmd_runtime_native::{
+    BUNDLED, BUNDLED_NAME, Class, Model, ModelFile, Options, Provider, Request, Samples,
+};
+use dmd_tests::{binary, compare};
+use prost::Message;
+use tempfile::TempDir;
+use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension::Value as Dim};
+use tract_onnx::pb::{self, attribute_proto::AttributeType, type_proto};
+
+const LIBRARY: &str = "ORT_DYLIB_PATH";
+
+fn options(provider: Provider, threads: usize) -> Result<Options> {
+    if provider != Provider::Tract {
+        ensure!(
+            std::env::var_os(LIBRARY).is_some(),
+            "{LIBRARY} names no onnxruntime library\n\nhint: run scripts/test, which installs one and sets the variable"
+        );
+    }
+    Ok(Options { provider, threads: Some(threads), ort_lib: None })
+}
+
+fn bundled(provider: Provider, threads: usize) -> Result<Model> {
+    Ok(Model::load(ModelFile::parse(BUNDLED_NAME, BUNDLED)?, &options(provider, threads)?)?)
+}
+
+fn images(model: &mut Model, seed: u32, first: u64, count: usize) -> Result<Samples> {
+    Ok(model.generate(&Request { seed, first, count, class: Class::Cycle, steps: None }, &|_| {})?)
+}
+
+fn levels_apart(a: &Samples, b: &Samples) -> u8 {
+    let bytes = |s: &Samples| s.images().into_iter().flat_map(|i| i.data).collect::<Vec<u8>>();
+    let (a, b) = (bytes(a), bytes(b));
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(&b).map(|(a, b)| a.abs_diff(*b)).max().unwrap_or(0)
+}
+
+#[test]
+fn both_engines_draw_the_same_pictures() -> Result<()> {
+    let (mut tract, mut cpu) = (bundled(Provider::Tract, 2)?, bundled(Provider::Cpu, 2)?);
+    for seed in 0..64 {
+        let (a, b) =
+            (images(&mut tract, seed, u64::from(seed), 1)?, images(&mut cpu, seed, u64::from(seed), 1)?);
+        let apart = levels_apart(&a, &b);
+        assert!(apart <= 1, "seed {seed}: {apart} levels apart");
+        let range = |s: &Samples| s.values.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+        assert!(range(&a) > -0.9, "seed {seed}: the picture is black");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_image_depends_on_its_seed_and_number_alone() -> Result<()> {
+    for provider in [Provider::Tract, Provider::Cpu] {
+        let all = images(&mut bundled(provider, 1)?, 7, 0, 70)?;
+        let mut model = bundled(provider, 3)?;
+        let tail = images(&mut model, 7, 66, 4)?;
+        let one = images(&mut model, 7, 66, 1)?;
+        let len = one.values.len();
+        let part = |from: usize, n: usize| Samples {
+            values: all.values[from * len..(from + n) * len].to_vec(),
+            ..all.clone()
+        };
+        assert_eq!(levels_apart(&part(66, 4), &tail), 0, "{provider}: count and threads");
+        assert_eq!(levels_apart(&part(66, 1), &one), 0, "{provider}: batch");
+        assert!(levels_apart(&part(0, 1), &part(10, 1)) > 1, "{provider}: two images of a class are one");
+    }
+    Ok(())
+}
+
+/// A teacher with a known answer: `eps_pred = 0.5·x_t + t/1000 + class/100`, followed through the schedule here.
+#[test]
+fn ddim_follows_the_schedule() -> Result<()> {
+    let dir = TempDir::new()?;
+    let path = teacher(dir.path())?;
+    let schedule: ScheduleConfig = serde_json::from_value(schedule_json())?;
+    for provider in [Provider::Tract, Provider::Cpu] {
+        let mut model = Model::open(&path, &options(provider, 1)?)?;
+        for (steps, class) in [(1, Class::Cycle), (3, Class::One(1)), (1000, Class::Cycle)] {
+            let request = Request { seed: 5, first: 1, count: 2, class, steps: Some(steps) };
+            let got = model.generate(&request, &|_| {})?;
+            let mut expected = vec![0.0; 2 * 8];
+            for (k, x) in (1u64..).zip(expected.chunks_mut(8)) {
+                let class = if let Class::One(c) = class { c as f32 } else { (k % 3) as f32 };
+                standard_normal(5, k, x);
+                for step in Schedule::new(&schedule).ddim(steps)? {
+                    let shift = step.t as f32 / 1000.0 + class / 100.0;
+                    let eps: Vec<f32> = x.iter().map(|x| 0.5 * x + shift).collect();
+                    step.apply(x, &eps, Some([-1.0, 1.0]));
+                }
+            }
+            compare(&format!("{provider}, {steps} steps"), &got.values, &expected, Tolerance::MODEL)?;
+        }
+        let samples = model
+            .generate(&Request { seed: 5, first: 0, count: 1, class: Class::Cycle, steps: None }, &|_| {})?;
+        assert_eq!(samples.count(), 1);
+    }
+    Ok(())
+}
+
+#[test]
+fn every_output_is_what_the_help_says() -> Result<()> {
+    let dir = TempDir::new()?;
+    let at = |name: &str| dir.path().join(name);
+    let png = |name: &str| -> Result<(u32, u32)> { Ok(image::open(at(name))?.into_luma8().dimensions()) };
+    let done = |args: &[&str]| -> Result<Output> {
+        let out = dmd_run(dir.path(), args)?;
+        ensure!(out.status.success(), "{args:?}: {}", text(&out.stderr));
+        Ok(out)
+    };
+    done(&[])?;
+    assert_eq!(png("samples.png")?, (28, 28));
+    done(&["--count", "3", "-o", "few.png"])?;
+    assert_eq!(
+        names(dir.path())?,
+        ["few-0000.png", "few-0001.png", "few-0002.png", "samples.png"].map(String::from).into()
+    );
+    assert_eq!(image::open(at("few-0000.png"))?, image::open(at("samples.png"))?);
+    done(&["--count", "5", "--grid", "-o", "sheet.png"])?;
+    assert_eq!(png("sheet.png")?, (3 * 30 + 2, 2 * 30 + 2));
+    done(&["--count", "2", "--class", "all", "-o", "classes.png"])?;
+    assert_eq!(png("classes.png")?, (10 * 30 + 2, 2 * 30 + 2));
+    let piped = done(&["--count", "5", "-o", "-"])?.stdout;
+    assert_eq!(piped, std::fs::read(at("sheet.png"))?);
+    let named = done(&["--class", "ANKLE BOOT", "-o", "-"])?.stdout;
+    assert_eq!(named, done(&["--class", "9", "-o", "-"])?.stdout);
+    assert_ne!(named, std::fs::read(at("samples.png"))?);
+
+    done(&["--count", "2", "--seed", "4", "-o", "array.npy"])?;
+    let bytes = std::fs::read(at("array.npy"))?;
+    let header = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+    assert_eq!((&bytes[..8], header % 64), (&b"\x93NUMPY\x01\x00"[..], 0));
+    assert!(text(&bytes[10..header]).contains("'<f4', 'fortran_order': False, 'shape': (2, 1, 28, 28)"));
+    let values: Vec<f32> = bytes[header..].as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    assert_eq!(values, images(&mut bundled(Provider::Tract, 1)?, 4, 0, 2)?.values);
+
+    let before = std::fs::read(at("samples.png"))?;
+    done(&["--seed", "1", "--force"])?;
+    assert_ne!(std::fs::read(at("samples.png"))?, before);
+    Ok(())
+}
+
+#[test]
+fn a_request_that_cannot_be_met_is_refused_and_writes_nothing() -> Result<()> {
+    let dir = TempDir::new()?;
+    let file = |name: &str, bytes: &[u8]| -> Result<()> { Ok(std::fs::write(dir.path().join(name), bytes)?) };
+    teacher(dir.path())?;
+    file("old.png", b"mine")?;
+    file("plain.onnx", &identity(&["n", "1", "4", "4"], "y", DataType::Float, None))?;
+    let cases: &[(&[&str], &str)] = &[
+        (&["--steps", "4"], "one-step generator"),
+        (&["--steps", "0"], "got 0 steps"),
+        (&["teacher.onnx", "--steps", "0"], "expected 1 to 1000"),
+        (&["teacher.onnx", "--steps", "1001"], "expected 1 to 1000"),
+        (&["--class", "Anorak"], "or a name: T-shirt/top"),
+        (&["--class", "10"], "expected 0 to 9"),
+        (&["plain.onnx", "--class", "0"], "has no classes"),
+        (&["--count", "0"], "0 is not in 1..="),
+        (&["--seed", "4294967296"], "4294967296"),
+        (&["-o", "old.png"], "--force"),
+        (&["-o", "picture.jpg"], "expected a name ending in .png or .npy"),
+        (&["-o", "array.npy", "--grid"], "--grid"),
+        (&["-o", "missing/new.png"], "`missing`: it is not a directory"),
+        (&["-o", "old.png/new.png"], "`old.png`: it is not a directory"),
+        (&["--provider", "rocm"], "rocm"),
+        (&["--ort-lib", "old.png", "--provider", "tract"], "uses none"),
+    ];
+    let before = names(dir.path())?;
+    for (args, message) in cases {
+        refused(dir.path(), args, message)?;
+    }
+    if cfg!(target_os = "linux") {
+        refused(dir.path(), &["-o", "/proc/new.png"], "cannot write into `/proc`")?;
+    }
+    assert_eq!(names(dir.path())?, before);
+    assert_eq!(std::fs::read(dir.path().join("old.png"))?, b"mine");
+    Ok(())
+}
+
+#[test]
+fn a_file_that_is_no_model_is_refused_by_name() -> Result<()> {
+    let dir = TempDir::new()?;
+    let card = |height| card_json("generator", height).to_string();
+    let generator = |dims: &[&str], dtype, height| identity(dims, "x_gen", dtype, Some(card(height)));
+    let cases: &[(&str, Vec<u8>, &str)] = &[
+        ("empty.onnx", Vec::new(), "the file is empty"),
+        ("text.onnx", b"# not a model\n".to_vec(), "not an ONNX model"),
+        ("cut.onnx", BUNDLED[..BUNDLED.len() / 2].to_vec(), "cut off"),
+        ("tail.onnx", BUNDLED[..BUNDLED.len() - 1].to_vec(), "cut off"),
+        ("rank.onnx", identity(&["n", "16"], "y", DataType::Float, None), "expected one f32 [n, c, h, w]"),
+        ("f64.onnx", generator(&["n", "1", "4", "4"], DataType::Double, 4), "got input `z` double"),
+        ("card.onnx", generator(&["n", "1", "4", "4"], DataType::Float, 8), "from the model card"),
+        ("free.onnx", generator(&["n", "1", "h", "4"], DataType::Float, 4), "expected a fixed number"),
+        ("zero.onnx", generator(&["n", "1", "0", "4"], DataType::Float, 4), "dimension of 0"),
+        ("lost.onnx", identity(&["n", "1", "4", "4"], "", DataType::Float, None), "nothing computes"),
+        (
+            "version.onnx",
+            identity(
+                &["n", "1", "4", "4"],
+                "y",
+                DataType::Float,
+                Some(card(4).replace("\"card_version\":1", "\"card_version\":2")),
+            ),
+            "expected 1",
+        ),
+    ];
+    for (name, bytes, message) in cases {
+        std::fs::write(dir.path().join(name), bytes)?;
+        refused(dir.path(), &[name], message).with_context(|| (*name).to_owned())?;
+        refused(dir.path(), &["info", name], message).with_context(|| (*name).to_owned())?;
+    }
+    refused(dir.path(), &["absent.onnx"], "cannot read `absent.onnx`")?;
+    assert_eq!(names(dir.path())?, cases.iter().map(|(name, ..)| (*name).to_owned()).collect());
+    Ok(())
+}
+
+#[test]
+fn a_file_without_a_card_runs_with_a_warning() -> Result<()> {
+    let dir = TempDir::new()?;
+    let dims = ["n", "3", "4", "6"];
+    std::fs::write(dir.path().join("model.onnx"), identity(&dims, "y", DataType::Float, None))?;
+    for provider in ["tract", "cpu"] {
+        let out = dmd_run(dir.path(), &["--seed", "3", "--provider", provider, "--force", "-o", "z.npy"])?;
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        assert!(text(&out.stderr).contains("no model card"), "{}", text(&out.stderr));
+        let bytes = std::fs::read(dir.path().join("z.npy"))?;
+        let mut z = vec![0.0; 3 * 4 * 6];
+        standard_normal(3, 0, &mut z);
+        let expected: Vec<u8> = z.iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert_eq!(bytes[bytes.len() - expected.len()..], expected, "{provider}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_named_provider_is_had_or_refused_with_its_reason() -> Result<()> {
+    let dir = TempDir::new()?;
+    std::fs::write(dir.path().join("wrong.so"), b"not a library")?;
+    for (library, message) in [("absent.so", "`absent.so` is not a file"), ("wrong.so", "cannot be loaded")] {
+        let run = |args: &[&str]| -> Result<Output> {
+            Ok(command(dir.path(), args)?.env(LIBRARY, library).output()?)
+        };
+        for args in [&["--provider", "cpu"][..], &["--ort-lib", library]] {
+            let out = run(args)?;
+            assert_eq!((out.status.code(), out.stdout.len()), (Some(2), 0));
+            let stderr = text(&out.stderr);
+            assert!(stderr.contains(message) && stderr.contains("hint: "), "{stderr}");
+        }
+        let out = run(&["-o", "-"])?;
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        assert!(text(&out.stderr).contains("on tract"), "{}", text(&out.stderr));
+        assert!(text(&out.stderr).contains(message), "{}", text(&out.stderr));
+    }
+    assert_eq!(names(dir.path())?, ["wrong.so".to_owned()].into());
+
+    options(Provider::Cpu, 1)?;
+    let list: serde_json::Value =
+        serde_json::from_slice(&dmd_run(dir.path(), &["providers", "--json"])?.stdout)?;
+    for status in list.as_array().context("`providers --json` is no list")? {
+        let name = status["provider"].as_str().context("a provider without a name")?;
+        let out = dmd_run(dir.path(), &["--provider", name, "-o", "-"])?;
+        assert_eq!(out.status.success(), status["usable"] == true, "{name}: {}", text(&out.stderr));
+        if let Some(reason) = status["reason"].as_str() {
+            assert_eq!(out.status.code(), Some(2));
+            assert!(text(&out.stderr).contains(reason), "{name}: {}", text(&out.stderr));
+        }
+    }
+    assert_eq!([&list[0]["usable"], &list[1]["usable"]], [true, true], "tract and cpu: {list}");
+    Ok(())
+}
+
+#[test]
+fn info_tells_what_the_card_says() -> Result<()> {
+    let dir = TempDir::new()?;
+    let info: serde_json::Value = serde_json::from_slice(&dmd_run(dir.path(), &["info", "--json"])?.stdout)?;
+    assert_eq!(info["kind"], "generator");
+    assert_eq!(info["bytes"], BUNDLED.len());
+    assert_eq!(info["inputs"][0]["name"], "z");
+    assert_eq!(info["inputs"][0]["shape"], serde_json::json!(["n", 1, 28, 28]));
+    let plain = dmd_run(dir.path(), &["info"])?;
+    assert!(text(&plain.stdout).contains("one-step generator"), "{}", text(&plain.stdout));
+    Ok(())
+}
+
+fn command(cwd: &Path, args: &[&str]) -> Result<Command> {
+    let mut command = Command::new(binary("dmd-run")?);
+    command.args(args).current_dir(cwd).stdin(Stdio::null());
+    Ok(command)
+}
+
+fn dmd_run(cwd: &Path, args: &[&str]) -> Result<Output> {
+    let plain = !args.contains(&"--provider") && !args.contains(&"info") && !args.contains(&"providers");
+    let engine: &[&str] = if plain { &["--provider", "tract"] } else { &[] };
+    Ok(command(cwd, &[args, engine].concat())?.output()?)
+}
+
+fn refused(cwd: &Path, args: &[&str], message: &str) -> Result<()> {
+    let out = dmd_run(cwd, args)?;
+    let stderr = text(&out.stderr);
+    ensure!(out.status.code() == Some(2), "{args:?}: exit {:?}, expected 2: {stderr}", out.status.code());
+    ensure!(out.stdout.is_empty(), "{args:?}: it wrote to stdout");
+    ensure!(
+        stderr.contains("error: ") && stderr.contains(message),
+        "{args:?}: got {stderr}expected {message}"
+    );
+    Ok(())
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn names(dir: &Path) -> Result<BTreeSet<String>> {
+    std::fs::read_dir(dir)?.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect()
+}
+
+fn schedule_json() -> serde_json::Value {
+    serde_json::json!({ "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02 })
+}
+
+fn card_json(kind: &str, height: usize) -> serde_json::Value {
+    serde_json::json!({
+        "card_version": 1, "kind": kind, "arch": "test", "name": "test",
+        "image": { "channels": 1, "height": height, "width": 4, "range": [-1.0, 1.0] },
+        "schedule": schedule_json(), "noise": "dmd-noise-1", "dtype": "f32", "parameters": 0, "macs": 0,
+        "created_by": "tests/native.rs"
+    })
+}
+
+/// Copies its input `z` to its output; without a `made` name nothing computes the output.
+fn identity(dims: &[&str], made: &str, dtype: DataType, card: Option<String>) -> Vec<u8> {
+    let output = if made.is_empty() { "y" } else { made };
+    let ports = (vec![port("z", dims, dtype)], vec![port(output, dims, dtype)]);
+    model(
+        ports,
+        vec![node("Identity", &["z"], if made.is_empty() { "other" } else { made })],
+        Vec::new(),
+        card,
+    )
+}
+
+/// Writes `teacher.onnx`: `eps_pred = 0.5·x_t + t/1000 + class/100`, three classes, images of 1x2x4.
+fn teacher(dir: &Path) -> Result<PathBuf> {
+    let dims = ["n", "1", "2", "4"];
+    let scalar = |name: &str, value: f32| pb::TensorProto {
+        name: name.to_owned(),
+        data_type: DataType::Float as i32,
+        float_data: vec![value],
+        ..Default::default()
+    };
+    let column = pb::TensorProto {
+        name: "column".to_owned(),
+        dims: vec![4],
+        data_type: DataType::Int64 as i32,
+        int64_data: vec![-1, 1, 1, 1],
+        ..Default::default()
+    };
+    let mut cast = node("Cast", &["class"], "class_f32");
+    cast.attribute.push(pb::AttributeProto {
+        name: "to".to_owned(),
+        r#type: AttributeType::Int as i32,
+        i: DataType::Float as i64,
+        ..Default::default()
+    });
+    let nodes = vec![
+        cast,
+        node("Mul", &["class_f32", "hundredth"], "class_part"),
+        node("Mul", &["t", "thousandth"], "t_part"),
+        node("Add", &["class_part", "t_part"], "shift"),
+        node("Reshape", &["shift", "column"], "shift_4d"),
+        node("Mul", &["x_t", "half"], "x_part"),
+        node("Add", &["x_part", "shift_4d"], "eps_pred"),
+    ];
+    let weights = vec![scalar("hundredth", 0.01), scalar("thousandth", 0.001), scalar("half", 0.5), column];
+    let inputs = vec![
+        port("x_t", &dims, DataType::Float),
+        port("t", &["n"], DataType::Float),
+        port("class", &["n"], DataType::Int64),
+    ];
+    let mut card = card_json("teacher", 2);
+    card["classes"] = serde_json::json!({ "count": 3 });
+    let ports = (inputs, vec![port("eps_pred", &dims, DataType::Float)]);
+    let path = dir.join("teacher.onnx");
+    std::fs::write(&path, model(ports, nodes, weights, Some(card.to_string())))?;
+    Ok(path)
+}
+
+fn port(name: &str, dims: &[&str], dtype: DataType) -> pb::ValueInfoProto {
+    let value = |d: &&str| d.parse().map_or_else(|_| Dim::DimParam((*d).to_owned()), Dim::DimValue);
+    let dim = dims.iter().map(|d| Dimension { value: Some(value(d)), ..Default::default() }).collect();
+    let tensor = type_proto::Tensor { elem_type: dtype as i32, shape: Some(pb::TensorShapeProto { dim }) };
+    let r#type = pb::TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..Default::default() };
+    pb::ValueInfoProto { name: name.to_owned(), r#type: Some(r#type), ..Default::default() }
+}
+
+fn node(op: &str, inputs: &[&str], output: &str) -> pb::NodeProto {
+    pb::NodeProto {
+        op_type: op.to_owned(),
+        input: inputs.iter().map(|i| (*i).to_owned()).collect(),
+        output: vec![output.to_owned()],
+        ..Default::default()
+    }
+}
+
+fn model(
+    (input, output): (Vec<pb::ValueInfoProto>, Vec<pb::ValueInfoProto>),
+    node: Vec<pb::NodeProto>,
+    initializer: Vec<pb::TensorProto>,
+    card: Option<String>,
+) -> Vec<u8> {
+    let graph =
+        pb::GraphProto { name: "test".to_owned(), node, initializer, input, output, ..Default::default() };
+    let entry = |value| pb::StringStringEntryProto { key: "dmd.card".to_owned(), value };
+    pb::ModelProto {
+        ir_version: 8,
+        opset_import: vec![pb::OperatorSetIdProto { domain: String::new(), version: 18 }],
+        graph: Some(graph),
+        metadata_props: card.map(entry).into_iter().collect(),
+        ..Default::default()
+    }
+    .encode_to_vec()
+}

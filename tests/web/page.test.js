@@ -1,0 +1,277 @@
+// The demo page as a person uses it, in a real browser: its pictures are the native runtime's, and every way it can
+// fail says what is wrong. Run by scripts/test-web.
+
+import assert from 'node:assert/strict';
+import { mkdir, readFile } from 'node:fs/promises';
+import path from 'node:path';
+import { after, before, test } from 'node:test';
+import { difference, launch, nativeImages, serve, setting, shownImages } from './support.js';
+
+const DESKTOP = { width: 1280, height: 900 };
+const PHONE = { width: 360, height: 740 };
+
+let server;
+let browser;
+
+before(async () => {
+  server = await serve();
+  browser = await launch();
+});
+
+after(async () => {
+  await browser?.close();
+  server?.stop();
+});
+
+/** Opens the page, runs the test, and checks that nothing outside the server was asked and nothing logged. */
+async function onPage({ viewport = DESKTOP, colorScheme = 'light', hash = '', prepare, logs = false }, check) {
+  const context = await browser.newContext({ viewport, colorScheme, acceptDownloads: true });
+  const page = await context.newPage();
+  const [foreign, logged] = [[], []];
+  page.on('request', (r) => r.url().startsWith(server.url) || /^(data|blob):/.test(r.url()) || foreign.push(r.url()));
+  page.on('console', (m) => ['error', 'warning'].includes(m.type()) && logged.push(m.text()));
+  page.on('pageerror', (e) => logged.push(e.message));
+  try {
+    await prepare?.(page);
+    await page.goto(server.url + hash);
+    await check(page);
+    assert.deepEqual(foreign, [], 'the page asked another server');
+    if (!logs) assert.deepEqual(logged, [], 'the page logged problems');
+  } finally {
+    await context.close();
+  }
+}
+
+function settled(page) {
+  return page.waitForFunction(() => ['ready', 'failed'].includes(window.dmd?.state), null, { timeout: 60_000 });
+}
+
+async function generate(page, { seed, count, class: wanted = '' }) {
+  await settled(page);
+  await page.fill('#seed', String(seed));
+  await page.fill('#count', String(count));
+  await page.selectOption('#class', String(wanted));
+  await page.click('#generate');
+  await settled(page);
+  assert.equal(await page.evaluate(() => window.dmd.state), 'ready');
+  return shownImages(page);
+}
+
+async function screenshot(page, name) {
+  const folder = process.env.DMD_SCREENSHOTS;
+  if (!folder) return;
+  await mkdir(folder, { recursive: true });
+  await page.screenshot({ path: path.join(folder, `${name}.png`), fullPage: true });
+}
+
+function assertSame(shown, native) {
+  assert.equal(shown.length, native.length);
+  let total = 0;
+  shown.forEach(({ rgba }, i) => {
+    const { worst, differing } = difference(rgba, native[i]);
+    assert.ok(worst <= 1, `image ${i} differs from the native runtime by ${worst} levels, expected at most 1`);
+    total += differing;
+  });
+  return total;
+}
+
+async function assertFailed(page, pattern) {
+  await settled(page);
+  assert.match(await page.innerText('#error'), pattern);
+  assert.equal(await page.isVisible('#loading'), false);
+  assert.equal(await page.isDisabled('#generate'), true);
+}
+
+/** The controls that lie on top of another one. */
+function overlaps(page) {
+  return page.evaluate(() => {
+    const controls = [...document.querySelectorAll('#fields :is(input, select, button)')].filter((c) => c.offsetParent);
+    const boxes = controls.map((c) => [c.id, c.getBoundingClientRect()]);
+    return boxes.flatMap(([a, one], i) => boxes.slice(i + 1)
+      .filter(([, two]) => one.left < two.right && two.left < one.right && one.top < two.bottom && two.top < one.bottom)
+      .map(([b]) => `${a} and ${b}`));
+  });
+}
+
+function overflow(page) {
+  return page.evaluate(() => document.scrollingElement.scrollWidth - window.innerWidth);
+}
+
+test('64 images of a seed are those of the native runtime', async (t) => {
+  await onPage({}, async (page) => {
+    const shown = await generate(page, { seed: 42, count: 64 });
+    const differing = assertSame(shown, await nativeImages({ seed: 42, count: 64 }));
+    t.diagnostic(`${differing} levels of ${(64 * shown[0].rgba.length * 3) / 4} differ, by 1`);
+    assert.ok(new Set(shown.map((s) => s.rgba.join())).size === 64, 'two images are the same');
+    const { images, names } = await page.evaluate(() => ({
+      images: window.dmd.lastImages.map((i) => ({ ...i, pixels: [...i.pixels] })),
+      names: window.dmd.info.classes.names,
+    }));
+    images.forEach((image, k) => {
+      assert.equal(image.class, k % names.length);
+      assert.equal(shown[k].caption, names[k % names.length]);
+      assert.deepEqual(image.pixels, shown[k].rgba, '`dmd.lastImages` is not what is shown');
+    });
+    const times = images.map((i) => i.milliseconds).sort((a, b) => a - b);
+    t.diagnostic(`${times[32].toFixed(1)} ms per image (median of 64; ${times[0].toFixed(1)} to ${times[63].toFixed(1)})`);
+    t.diagnostic(await page.innerText('#model'));
+    assert.match(await page.innerText('#status'), /per image · 64 in/);
+    await screenshot(page, 'desktop-light');
+  });
+});
+
+test('a class can be chosen, and the address remembers it', async () => {
+  await onPage({ colorScheme: 'dark' }, async (page) => {
+    const shown = await generate(page, { seed: 7, count: 12, class: 3 });
+    assert.deepEqual(await overlaps(page), []);
+    const name = await page.evaluate(() => window.dmd.info.classes.names[3]);
+    assert.deepEqual(shown.map((s) => s.caption), Array(12).fill(name));
+    assertSame(shown, await nativeImages({ seed: 7, count: 12, class: 3 }));
+    await screenshot(page, 'desktop-dark');
+
+    const { hash } = new URL(page.url());
+    assert.equal(hash, '#seed=7&count=12&class=3');
+    await onPage({ hash }, async (again) => {
+      await settled(again);
+      assert.deepEqual(await shownImages(again), shown);
+    });
+  });
+});
+
+test('image k of a seed does not depend on what else is generated', async () => {
+  await onPage({}, async (page) => {
+    const ten = await generate(page, { seed: 4294967295, count: 10 });
+    const three = await generate(page, { seed: 4294967295, count: 3 });
+    assert.deepEqual(three, ten.slice(0, 3));
+    const other = await generate(page, { seed: 0, count: 3 });
+    assert.notDeepEqual(other, three);
+  });
+});
+
+test('the keyboard alone is enough, and a run can be stopped', async () => {
+  await onPage({}, async (page) => {
+    await settled(page);
+    await page.focus('#seed');
+    await page.keyboard.press('Control+A');
+    await page.keyboard.type('5');
+    await page.keyboard.press('Tab');
+    assert.equal(await page.evaluate(() => document.activeElement.id), 'random');
+    await page.keyboard.press('Tab');
+    await page.keyboard.press('Control+A');
+    await page.keyboard.type('1000');
+    await page.keyboard.press('Enter');
+    await page.waitForFunction(() => window.dmd.lastImages.length > 2);
+    assert.equal(await page.innerText('#generate'), 'Stop');
+    await page.focus('#generate');
+    await page.keyboard.press('Space');
+    await settled(page);
+    const made = await page.evaluate(() => window.dmd.lastImages.length);
+    assert.ok(made > 2 && made < 1000, `${made} images`);
+    assert.equal((await shownImages(page)).length, made);
+    assert.match(await page.innerText('#status'), /^Stopped after \d+ of 1000 images$/);
+  });
+});
+
+test('the random button takes another seed', async () => {
+  await onPage({ hash: '#seed=1&count=2' }, async (page) => {
+    await settled(page);
+    const first = await shownImages(page);
+    await page.click('#random');
+    await settled(page);
+    assert.notEqual(await page.inputValue('#seed'), '1');
+    assert.notDeepEqual(await shownImages(page), first);
+  });
+});
+
+test('a seed that is no u32 is not taken', async () => {
+  await onPage({ hash: '#seed=1&count=2' }, async (page) => {
+    await settled(page);
+    for (const seed of ['-1', '4294967296', '1.5', '']) {
+      await page.fill('#seed', seed);
+      await page.click('#generate');
+      assert.equal(await page.evaluate(() => window.dmd.lastRun.job), 1, `seed \`${seed}\` was taken`);
+    }
+  });
+});
+
+test('the pictures can be saved', async () => {
+  await onPage({ hash: '#seed=3&count=4' }, async (page) => {
+    await settled(page);
+    const [download] = await Promise.all([page.waitForEvent('download'), page.click('#save')]);
+    assert.equal(download.suggestedFilename(), 'one-step-seed-3.png');
+    const png = await readFile(await download.path());
+    const { height, width } = await page.evaluate(() => window.dmd.info.image);
+    assert.equal(png.toString('latin1', 1, 4), 'PNG');
+    assert.deepEqual([png.readUInt32BE(16), png.readUInt32BE(20)], [(2 * width + 6) * 4, (2 * height + 6) * 4]);
+  });
+});
+
+test('loading shows its progress', async () => {
+  const watch = () => {
+    window.seen = [];
+    new MutationObserver(() => {
+      const text = document.getElementById('progress-text')?.textContent;
+      if (text && text !== window.seen.at(-1)) window.seen.push(text);
+    }).observe(document, { subtree: true, childList: true, characterData: true });
+  };
+  await onPage({ prepare: (page) => page.addInitScript(watch) }, async (page) => {
+    await settled(page);
+    const seen = await page.evaluate(() => window.seen);
+    assert.ok(seen.some((text) => /^Loading model\.onnx: \d+\.\d\sMB of \d+\.\d\sMB$/.test(text)), seen.join('\n'));
+    assert.equal(seen.at(-1), 'Preparing model.onnx…');
+  });
+});
+
+test('a phone shows everything, and nothing scrolls sideways', async () => {
+  await onPage({ viewport: PHONE }, async (page) => {
+    await generate(page, { seed: 4294967295, count: 40 });
+    assert.ok(await overflow(page) <= 0, `${await overflow(page)} pixels too wide`);
+    assert.deepEqual(await overlaps(page), []);
+    await screenshot(page, 'phone-light');
+  });
+  await onPage({ viewport: PHONE, colorScheme: 'dark' }, async (page) => {
+    await generate(page, { seed: 42, count: 20, class: 7 });
+    await screenshot(page, 'phone-dark');
+  });
+});
+
+test('a truncated model is refused, and another one can be opened', async () => {
+  const whole = await readFile(path.join(setting('DMD_WEB_SITE'), 'model.onnx'));
+  const body = whole.subarray(0, whole.length / 2);
+  const prepare = (page) => page.route('**/model.onnx', (route) => route.fulfill({ body }));
+  await onPage({ viewport: PHONE, prepare }, async (page) => {
+    await assertFailed(page, /^Got \d+ bytes that are not a complete ONNX file/);
+    assert.ok(await overflow(page) <= 0, `${await overflow(page)} pixels too wide`);
+    await screenshot(page, 'phone-error');
+    await page.setInputFiles('#file', { name: 'mine.onnx', mimeType: '', buffer: whole });
+    await page.waitForFunction(() => window.dmd.state === 'ready', null, { timeout: 60_000 });
+    assert.equal(await page.isVisible('#error'), false);
+    assert.ok((await shownImages(page)).length > 0);
+  });
+});
+
+test('a file that is no model is refused', async () => {
+  const prepare = (page) => page.route('**/model.onnx', (route) => route.fulfill({ body: '<!doctype html><p>hello' }));
+  await onPage({ prepare }, (page) => assertFailed(page, /not a complete ONNX file/));
+});
+
+test('a missing model is named', async () => {
+  const prepare = (page) => page.route('**/model.onnx', (route) => route.fulfill({ status: 404, body: '' }));
+  await onPage({ prepare, logs: true }, (page) => assertFailed(page, /model\.onnx`: got status 404, expected 200/));
+});
+
+test('a missing runtime is named', async () => {
+  for (const file of ['**/dmd_runtime_wasm.js', '**/dmd_runtime_wasm_bg.wasm', '**/worker.js']) {
+    const prepare = (page) => page.route(file, (route) => route.fulfill({ status: 404, body: '' }));
+    const expected = file.includes('worker') ? /worker\.js/ : /Cannot load the WebAssembly runtime/;
+    await onPage({ prepare, logs: true }, (page) => assertFailed(page, expected));
+  }
+});
+
+test('a browser without SIMD is told so', async () => {
+  const prepare = (page) => page.addInitScript(() => { WebAssembly.validate = () => false; });
+  await onPage({ prepare }, async (page) => {
+    await assertFailed(page, /no WebAssembly SIMD/);
+    await screenshot(page, 'desktop-error');
+  });
+});
