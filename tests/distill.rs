@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor, Var};
 use dmd_core::compare::Tolerance;
-use dmd_core::net::{
-    Conv2d, Embedding, GroupNorm, Linear, OneStep, Ops, TimestepEmbedding,
-};
+use dmd_core::net::{Conv2d, Embedding, GroupNorm, Linear, OneStep, Ops, TimestepEmbedding};
 use dmd_core::schedule::Schedule;
 use dmd_distill::checkpoint::{Checkpoint, Source};
 use dmd_distill::losses::{self, NoiseLevels};
@@ -20,6 +18,9 @@ use serde_json::Value;
 const CPU: Device = Device::Cpu;
 /// The bound on predicted noise.
 const EPS_PRED: Tolerance = Tolerance { abs: 1e-4, rel: 0.0 };
+/// diffusers rounds the angles of the time embedding to f32, as we do, but after another exponential: at t = 999 the
+/// two differ by up to 6e-5 (tests/golden/README.md).
+const ANGLES_IN_F32: f32 = 1e-4;
 /// The key bias of an attention has no effect; its gradient is rounding noise (tests/golden/README.md).
 const WITHOUT_EFFECT: &str = "to_k.bias";
 
@@ -100,7 +101,8 @@ fn operations_match_pytorch() -> Result<()> {
             .map(|input| Ok((input, Var::from_tensor(&floats(&golden, &format!("{case}.{input}"))?)?)))
             .collect::<Result<_>>()?;
         let y = run_case(&golden, case, about, &inputs).with_context(|| case.clone())?;
-        compare_scaled(case, &flat(&y)?, &golden.f32(&format!("{case}.y"))?, 1e-5, 1e-6)?;
+        let bound = if about["op"] == "timestep_embedding" { ANGLES_IN_F32 } else { 1e-5 };
+        compare_scaled(case, &flat(&y)?, &golden.f32(&format!("{case}.y"))?, bound, 1e-6)?;
         if !golden.has(&format!("{case}.cotangent")) {
             continue;
         }
@@ -256,7 +258,13 @@ impl Networks {
         let (x0_real, x0_fake) = (x0(&self.teacher)?, x0(&self.fake.without_gradient())?);
         let gradient = losses::distribution_matching_gradient(&x_gen, &x0_real, &x0_fake)?;
         if step.row.is_none() {
-            compare_scaled("dm_gradient", &flat(&gradient)?, &step.golden.f32("once.dm_gradient")?, 1e-4, 0.0)?;
+            compare_scaled(
+                "dm_gradient",
+                &flat(&gradient)?,
+                &step.golden.f32("once.dm_gradient")?,
+                1e-4,
+                0.0,
+            )?;
         }
         let dm = losses::distribution_matching(&x_gen, &gradient)?;
         let class = Tensor::new(step.indices("class_ref")?, &CPU)?;

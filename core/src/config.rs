@@ -198,7 +198,8 @@ impl UNet2DConfig {
 
     fn validate(&self) -> Result<()> {
         let levels = self.block_out_channels.len();
-        for (key, got) in [("down_block_types", self.down_blocks.len()), ("up_block_types", self.up_blocks.len())]
+        for (key, got) in
+            [("down_block_types", self.down_blocks.len()), ("up_block_types", self.up_blocks.len())]
         {
             if got != levels {
                 return Err(Error::config(
@@ -247,11 +248,17 @@ impl UNet2DConfig {
             if let Some(d) = self.attention_head_dim
                 && (d == 0 || c % d != 0)
             {
-                return Err(Error::config("attention_head_dim", format!("{c} channels do not split into {d}")));
+                return Err(Error::config(
+                    "attention_head_dim",
+                    format!("{c} channels do not split into {d}"),
+                ));
             }
         }
         if !self.block_out_channels[0].is_multiple_of(2) {
-            return Err(Error::config("block_out_channels", "the first must be even (sine and cosine halves)"));
+            return Err(Error::config(
+                "block_out_channels",
+                "the first must be even (sine and cosine halves)",
+            ));
         }
         if self.downsample_padding > 1 {
             return Err(Error::config(
@@ -260,7 +267,10 @@ impl UNet2DConfig {
             ));
         }
         if self.freq_shift >= (self.block_out_channels[0] / 2) as f64 {
-            return Err(Error::config("freq_shift", format!("got {}, which divides by zero", self.freq_shift)));
+            return Err(Error::config(
+                "freq_shift",
+                format!("got {}, which divides by zero", self.freq_shift),
+            ));
         }
         let factor = 1usize << (levels - 1);
         if !self.sample_size.is_multiple_of(factor) {
@@ -288,7 +298,9 @@ impl Keys {
     pub(crate) fn take<T: DeserializeOwned>(&mut self, key: &str, missing: T) -> Result<T> {
         match self.0.remove(key) {
             None => Ok(missing),
-            Some(v) => serde_json::from_value(v.clone()).map_err(|e| Error::config(key, format!("got {v}: {e}"))),
+            Some(v) => {
+                serde_json::from_value(v.clone()).map_err(|e| Error::config(key, format!("got {v}: {e}")))
+            }
         }
     }
 

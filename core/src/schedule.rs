@@ -265,7 +265,8 @@ mod tests {
 
     #[test]
     fn an_unknown_scheduler_key_is_refused_by_name() {
-        let err = serde_json::from_str::<ScheduleConfig>(r#"{"prediction_type":"v_prediction"}"#).unwrap_err();
+        let err =
+            serde_json::from_str::<ScheduleConfig>(r#"{"prediction_type":"v_prediction"}"#).unwrap_err();
         assert!(err.to_string().contains("prediction_type"), "{err}");
         let err = serde_json::from_str::<ScheduleConfig>(r#"{"use_karras_sigmas":true}"#).unwrap_err();
         assert!(err.to_string().contains("use_karras_sigmas"), "{err}");

@@ -27,7 +27,10 @@ macro_rules! bundled {
     ($folder:literal) => {
         &[
             ("config.json", include_bytes!(concat!("../../assets/", $folder, "/config.json"))),
-            ("scheduler_config.json", include_bytes!(concat!("../../assets/", $folder, "/scheduler_config.json"))),
+            (
+                "scheduler_config.json",
+                include_bytes!(concat!("../../assets/", $folder, "/scheduler_config.json")),
+            ),
             ("card.json", include_bytes!(concat!("../../assets/", $folder, "/card.json"))),
             ("model.safetensors", include_bytes!(concat!("../../assets/", $folder, "/model.safetensors"))),
         ]
@@ -84,9 +87,9 @@ impl Preset {
 
 /// The preset of this name; the error suggests the nearest.
 pub fn preset(name: &str) -> Result<&'static Preset> {
-    let nearest = PRESETS.iter().max_by(|a, b| {
-        strsim::jaro_winkler(a.name, name).total_cmp(&strsim::jaro_winkler(b.name, name))
-    });
+    let nearest = PRESETS
+        .iter()
+        .max_by(|a, b| strsim::jaro_winkler(a.name, name).total_cmp(&strsim::jaro_winkler(b.name, name)));
     PRESETS.iter().find(|p| p.name == name).ok_or_else(|| {
         let nearest = nearest.map_or(String::new(), |p| format!("did you mean `{}`? ", p.name));
         Error::Request(format!(

@@ -123,7 +123,10 @@ impl Checkpoint {
         for (name, tensor) in &tensors {
             let total = tensor.abs()?.sum_all()?.to_scalar::<f32>()?;
             if !total.is_finite() {
-                return Err(Error::content(&path, format!("tensor `{name}` holds values that are not finite")));
+                return Err(Error::content(
+                    &path,
+                    format!("tensor `{name}` holds values that are not finite"),
+                ));
             }
         }
         let generator = source.json("generator.json")?;
@@ -157,7 +160,9 @@ impl Checkpoint {
     pub fn one_step(&self) -> Result<OneStep> {
         match &self.generator {
             Some(g) => Ok(OneStep::new(g, &Schedule::new(&self.schedule))?),
-            None => Err(Error::Request(format!("`{}` is a base, not a one-step generator", self.provenance.name))),
+            None => {
+                Err(Error::Request(format!("`{}` is a base, not a one-step generator", self.provenance.name)))
+            }
         }
     }
 
@@ -204,8 +209,7 @@ pub fn read_tensors(path: &Path, bytes: &[u8]) -> Result<Tensors> {
 
 /// The metadata of a safetensors file.
 pub fn read_metadata(path: &Path, bytes: &[u8]) -> Result<HashMap<String, String>> {
-    let (_, header) =
-        safetensors::SafeTensors::read_metadata(bytes).map_err(|e| Error::content(path, e))?;
+    let (_, header) = safetensors::SafeTensors::read_metadata(bytes).map_err(|e| Error::content(path, e))?;
     Ok(header.metadata().clone().unwrap_or_default())
 }
 

@@ -41,7 +41,9 @@ pub fn bases(json: bool) -> Result<()> {
 fn print(line: &str) -> Result<()> {
     use std::io::Write;
     match writeln!(std::io::stdout(), "{line}") {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::file("write", Path::new("stdout"))(e)),
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::file("write", Path::new("stdout"))(e))
+        }
         _ => Ok(()),
     }
 }
@@ -53,7 +55,8 @@ pub fn distill(args: DistillArgs) -> Result<()> {
         let allowed = Recipe { train_steps: args.recipe.train_steps, ..Recipe::default() };
         if args.base.is_some() || args.out.is_some() || args.config.is_some() || args.recipe != allowed {
             return Err(Error::Request(
-                "`--resume` takes its options from the run; only `--train-steps` and `--device` go with it".into(),
+                "`--resume` takes its options from the run; only `--train-steps` and `--device` go with it"
+                    .into(),
             ));
         }
         let run = Run::open(folder)?;

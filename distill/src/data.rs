@@ -66,7 +66,10 @@ impl Dataset {
         Self::from_idx(&read(first)?, &read(first + 1)?)
     }
 
-    fn from_idx((path, images): &(PathBuf, Vec<u8>), (label_path, labels): &(PathBuf, Vec<u8>)) -> Result<Self> {
+    fn from_idx(
+        (path, images): &(PathBuf, Vec<u8>),
+        (label_path, labels): &(PathBuf, Vec<u8>),
+    ) -> Result<Self> {
         let (size, pixels) = idx(path, images)?;
         let (count, labels) = idx(label_path, labels)?;
         match (size.as_slice(), count.as_slice()) {
@@ -141,7 +144,9 @@ fn fashion_file(folder: Option<&Path>, stem: &str, sha256: &str) -> Result<(Path
     if let Some(folder) = folder {
         return Err(Error::content(
             folder,
-            format!("there is no `{stem}.gz`\n\nhint: `--data` names the folder with the four Fashion-MNIST files"),
+            format!(
+                "there is no `{stem}.gz`\n\nhint: `--data` names the folder with the four Fashion-MNIST files"
+            ),
         ));
     }
     let cache = cache.ok_or_else(|| Error::Request("no home folder to keep the data set in".into()))?;

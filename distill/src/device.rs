@@ -12,7 +12,9 @@ pub fn parse(text: &str) -> Result<Device> {
         "auto" => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
         _ => match text.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or(rest)) {
             Some(rest) => cuda(text, rest),
-            None => Err(Error::Request(format!("got `--device {text}`, expected `auto`, `cpu`, `cuda` or `cuda:N`"))),
+            None => Err(Error::Request(format!(
+                "got `--device {text}`, expected `auto`, `cpu`, `cuda` or `cuda:N`"
+            ))),
         },
     }
 }
@@ -31,7 +33,9 @@ fn cuda(text: &str, number: &str) -> Result<Device> {
         })?,
     };
     Device::new_cuda(index).map_err(|e| {
-        Error::Request(format!("`--device {text}` cannot be used: {e}\n\nhint: `nvidia-smi` lists the GPUs and the driver"))
+        Error::Request(format!(
+            "`--device {text}` cannot be used: {e}\n\nhint: `nvidia-smi` lists the GPUs and the driver"
+        ))
     })
 }
 

@@ -56,8 +56,9 @@ impl AdamW {
         let mut square = 0.0;
         let mut found = Vec::with_capacity(variables.len());
         for (name, var) in variables {
-            let grad =
-                grads.get(var).ok_or_else(|| Error::Diverged(format!("parameter `{name}` got no gradient")))?;
+            let grad = grads
+                .get(var)
+                .ok_or_else(|| Error::Diverged(format!("parameter `{name}` got no gradient")))?;
             square += f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?);
             found.push(grad);
         }

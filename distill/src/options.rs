@@ -21,8 +21,15 @@ const AUTO_SIGMA_EDM: f64 = 2.5;
 /// Without a subcommand, does all of it: finds the base, computes noise-image pairs, trains the generator by
 /// distribution matching, and writes sample grids, loss curves and the finished generator into a run folder.
 #[derive(Debug, Parser)]
-#[command(name = "dmd-distill", version, args_conflicts_with_subcommands = true, arg_required_else_help = true)]
-#[command(after_help = "Example:\n  dmd-distill --base ddpm-fashion --train-steps 300\n  dmd-export model.onnx\n  dmd-run")]
+#[command(
+    name = "dmd-distill",
+    version,
+    args_conflicts_with_subcommands = true,
+    arg_required_else_help = true
+)]
+#[command(
+    after_help = "Example:\n  dmd-distill --base ddpm-fashion --train-steps 300\n  dmd-export model.onnx\n  dmd-run"
+)]
 pub struct Cli {
     /// What to do instead of a whole distillation.
     #[command(subcommand)]
@@ -290,11 +297,9 @@ fn t_gen(text: &str, schedule: &Schedule) -> Result<usize> {
     match text {
         "auto" => Ok(schedule.nearest_step(AUTO_SIGMA_EDM)),
         "last" => Ok(last),
-        number => number
-            .parse()
-            .ok()
-            .filter(|t| *t <= last)
-            .ok_or_else(|| Error::Request(format!("got `--t-gen {number}`, expected `auto`, `last` or 0 to {last}"))),
+        number => number.parse().ok().filter(|t| *t <= last).ok_or_else(|| {
+            Error::Request(format!("got `--t-gen {number}`, expected `auto`, `last` or 0 to {last}"))
+        }),
     }
 }
 
@@ -304,7 +309,10 @@ fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
         (o.train_steps > 0 && o.batch > 0, "`--train-steps` and `--batch` must be at least 1"),
         (o.save_every > 0 && o.sample_every > 0, "`--save-every` and `--sample-every` must be at least 1"),
         (o.fake_updates > 0, "`--fake-updates` must be at least 1"),
-        (o.lr > 0.0 && o.lr < 1.0 && o.lr_fake > 0.0 && o.lr_fake < 1.0, "learning rates lie between 0 and 1"),
+        (
+            o.lr > 0.0 && o.lr < 1.0 && o.lr_fake > 0.0 && o.lr_fake < 1.0,
+            "learning rates lie between 0 and 1",
+        ),
         ((0.0..1.0).contains(&o.ema), "`--ema` lies from 0 to below 1"),
         (o.lambda_reg >= 0.0 && o.lambda_reg.is_finite(), "`--lambda-reg` must not be negative"),
         (o.input_scale > 0.0 && o.input_scale.is_finite(), "`--input-scale` must be positive"),

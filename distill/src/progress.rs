@@ -50,7 +50,9 @@ impl Progress {
         let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(total), target).with_position(done);
         let template = "{prefix:>12} {bar:32} {pos}/{len} {per_sec} eta {eta} {msg}";
-        bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_style(
+            ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()),
+        );
         bar.set_prefix(what);
         bar.reset_eta();
         Self { bar, what, first: done, started: Instant::now(), printed: None, terminal }

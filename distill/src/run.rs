@@ -52,7 +52,10 @@ impl Run {
         if folder.join("run.json").is_file() {
             return Ok(Self { folder: folder.to_owned() });
         }
-        Err(Error::content(folder, "there is no `run.json`\n\nhint: `--resume` takes a folder that dmd-distill made"))
+        Err(Error::content(
+            folder,
+            "there is no `run.json`\n\nhint: `--resume` takes a folder that dmd-distill made",
+        ))
     }
 
     /// A path inside the run.

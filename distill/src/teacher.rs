@@ -221,10 +221,11 @@ impl Order {
 pub fn validate(options: &TeacherOptions) -> Result<()> {
     preset(&options.base)?;
     let wrong = |what: &str| Err(Error::Request(what.to_owned()));
-    if options.batch == 0 || options.train_steps == 0 || options.save_every == 0 || options.sample_every == 0 {
+    if options.batch == 0 || options.train_steps == 0 || options.save_every == 0 || options.sample_every == 0
+    {
         return wrong("`--batch`, `--train-steps`, `--save-every` and `--sample-every` must be at least 1");
     }
-    if !(options.lr > 0.0 && options.lr < 1.0) || !(0.0..1.0).contains(&options.ema) {
+    if !(options.lr > 0.0 && options.lr < 1.0 && (0.0..1.0).contains(&options.ema)) {
         return wrong("`--lr` must lie between 0 and 1, `--ema` from 0 to below 1");
     }
     if let Some(folder) = &options.data

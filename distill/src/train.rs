@@ -217,7 +217,13 @@ impl<'a> Distillation<'a> {
     }
 
     /// Steps drawn uniformly from `from..to`, and noise.
-    fn noise(&self, random: &mut Random, from: usize, to: usize, x: &Tensor) -> Result<(NoiseLevels, Tensor)> {
+    fn noise(
+        &self,
+        random: &mut Random,
+        from: usize,
+        to: usize,
+        x: &Tensor,
+    ) -> Result<(NoiseLevels, Tensor)> {
         let t: Vec<u32> = (0..x.dims()[0]).map(|_| (from + random.below(to - from)) as u32).collect();
         let levels = NoiseLevels::new(&self.schedule, &t, &self.device)?;
         Ok((levels, random.normal_tensor(x.dims(), &self.device)?))
@@ -232,17 +238,15 @@ impl<'a> Distillation<'a> {
         let total = self.schedule.num_train_timesteps();
         let (levels, eps) = self.noise(&mut random, total / 50, total - total / 50, &detached)?;
         let x_t = levels.noisy(&detached, &eps)?;
-        let x0 = |network: &Network| {
-            levels.x0_from_eps(&x_t, &network.eps_pred(&x_t, &levels.t, class.as_ref())?)
-        };
+        let x0 =
+            |network: &Network| levels.x0_from_eps(&x_t, &network.eps_pred(&x_t, &levels.t, class.as_ref())?);
         let (x0_real, x0_fake) = (x0(&self.teacher)?, x0(&self.fake_view)?);
         let gradient = losses::distribution_matching_gradient(&detached, &x0_real, &x0_fake)?;
         let dm = losses::distribution_matching(&x_gen, &gradient)?;
         let mut loss = dm.clone();
         let mut reg = 0.0;
         if let Some(pairs) = pairs {
-            let indices: Vec<usize> =
-                (0..self.options.batch).map(|_| random.below(pairs.count())).collect();
+            let indices: Vec<usize> = (0..self.options.batch).map(|_| random.below(pairs.count())).collect();
             let (z, y, class) = pairs.batch(&indices, &self.device)?;
             let x_ref = self.generator.one_step(&self.one_step, &z, class.as_ref())?;
             let regression = losses::regression(&x_ref, &y)?;

@@ -105,7 +105,12 @@ pub trait Ops {
     /// `[n, in, h, w]` to `[n, out, h', w']`.
     fn conv2d(&mut self, x: &Self::Value, name: &str, spec: Conv2d) -> Result<Self::Value, Self::Error>;
     /// Same shape.
-    fn group_norm(&mut self, x: &Self::Value, name: &str, spec: GroupNorm) -> Result<Self::Value, Self::Error>;
+    fn group_norm(
+        &mut self,
+        x: &Self::Value,
+        name: &str,
+        spec: GroupNorm,
+    ) -> Result<Self::Value, Self::Error>;
     /// `x·sigmoid(x)`, same shape.
     fn silu(&mut self, x: &Self::Value) -> Result<Self::Value, Self::Error>;
     /// Sum; `n` broadcasts.
@@ -188,7 +193,10 @@ impl OneStep {
         }
         if !(config.input_scale.is_finite() && config.input_scale > 0.0) {
             let got = config.input_scale;
-            return Err(crate::Error::config("input_scale", format!("got {got}, expected a positive number")));
+            return Err(crate::Error::config(
+                "input_scale",
+                format!("got {got}, expected a positive number"),
+            ));
         }
         Ok(Self {
             t_gen,

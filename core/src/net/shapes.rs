@@ -123,10 +123,12 @@ impl Ops for Shapes {
         expect(name, x, 1, spec.in_channels)?;
         let [top, left, bottom, right] = spec.padding;
         let size = |n: usize, before: usize, after: usize| {
-            (n + before + after).checked_sub(spec.kernel).map(|room| room / spec.stride + 1).ok_or_else(|| {
-                let expected = format!("an image at least {} high and wide", spec.kernel);
-                Error::Shape { name: name.to_owned(), got: x.clone(), expected }
-            })
+            (n + before + after).checked_sub(spec.kernel).map(|room| room / spec.stride + 1).ok_or_else(
+                || {
+                    let expected = format!("an image at least {} high and wide", spec.kernel);
+                    Error::Shape { name: name.to_owned(), got: x.clone(), expected }
+                },
+            )
         };
         let (h, w) = (size(x[2], top, bottom)?, size(x[3], left, right)?);
         let weight = [spec.out_channels, spec.in_channels, spec.kernel, spec.kernel];

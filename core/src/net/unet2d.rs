@@ -87,7 +87,8 @@ fn time_and_class<O: Ops>(
     let x =
         ops.linear(&x, "time_embedding.linear_1", Linear { in_features: features, out_features: wide })?;
     let x = ops.silu(&x)?;
-    let mut x = ops.linear(&x, "time_embedding.linear_2", Linear { in_features: wide, out_features: wide })?;
+    let mut x =
+        ops.linear(&x, "time_embedding.linear_2", Linear { in_features: wide, out_features: wide })?;
     match (config.num_class_embeds, class) {
         (Some(rows), Some(class)) => {
             let class = ops.embedding(class, "class_embedding", Embedding { rows, features: wide })?;
@@ -95,7 +96,9 @@ fn time_and_class<O: Ops>(
         }
         (None, None) => {}
         (Some(rows), None) => {
-            return Err(Error::Request(format!("the model is conditional on {rows} classes and got none")).into());
+            return Err(
+                Error::Request(format!("the model is conditional on {rows} classes and got none")).into()
+            );
         }
         (None, Some(_)) => return Err(Error::Request("the model takes no class and got one".into()).into()),
     }
@@ -122,7 +125,13 @@ impl<O: Ops> UNet<'_, O> {
     }
 
     /// `shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + time_emb_proj(temb))))`.
-    fn resnet(&mut self, x: &O::Value, path: &str, input: usize, output: usize) -> Result<O::Value, O::Error> {
+    fn resnet(
+        &mut self,
+        x: &O::Value,
+        path: &str,
+        input: usize,
+        output: usize,
+    ) -> Result<O::Value, O::Error> {
         let projection = Linear { in_features: embedding_features(self.config), out_features: output };
         let bias = self.ops.linear(&self.temb, &format!("{path}.time_emb_proj"), projection)?;
         let (norm1, norm2) = (self.norm(input, true), self.norm(output, true));

@@ -24,9 +24,8 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, spec: GroupNorm) -
     let centred = grouped.broadcast_sub(&grouped.mean_keepdim(2)?)?;
     let variance = centred.sqr()?.mean_keepdim(2)?;
     let normal = centred.broadcast_div(&(variance + spec.eps)?.sqrt()?)?.reshape((n, c, h, w))?;
-    let y = normal
-        .broadcast_mul(&weight.reshape((1, c, 1, 1))?)?
-        .broadcast_add(&bias.reshape((1, c, 1, 1))?)?;
+    let y =
+        normal.broadcast_mul(&weight.reshape((1, c, 1, 1))?)?.broadcast_add(&bias.reshape((1, c, 1, 1))?)?;
     if spec.silu { y.silu() } else { Ok(y) }
 }
 

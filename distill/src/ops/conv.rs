@@ -60,9 +60,8 @@ impl Geometry {
     /// Where each channel and tap starts in the buffer.
     fn offsets(&self) -> Vec<usize> {
         let ([rows, columns], s, k) = (self.phase(), self.stride, self.kernel);
-        let tap = |c: usize, y: usize, x: usize| {
-            (((c * s + y % s) * s + x % s) * rows + y / s) * columns + x / s
-        };
+        let tap =
+            |c: usize, y: usize, x: usize| (((c * s + y % s) * s + x % s) * rows + y / s) * columns + x / s;
         (0..self.input[0] * k * k).map(|i| tap(i / (k * k), i / k % k, i % k)).collect()
     }
 
@@ -159,7 +158,7 @@ fn backward_weight(g: &Geometry, batch: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<
         .zip(grad.par_chunks(GROUP * size_out))
         .map(|(images, grads)| {
             let mut buffer = g.buffer();
-                let mut rows = vec![0.0; channels * pitch];
+            let mut rows = vec![0.0; channels * pitch];
             let (mut weight, mut bias) = (vec![0.0; channels * offsets.len()], vec![0.0; channels]);
             for (image, grad) in images.chunks_exact(size_in).zip(grads.chunks_exact(size_out)) {
                 g.fill(image, &mut buffer);

@@ -48,7 +48,14 @@ pub fn row_length(pixels: usize) -> usize {
 
 /// `out[r][j] = bias[r] + Σ_k a[r][k]·image[offsets[k] + j]` for `j < pixels`; `out` has rows of
 /// [`row_length`]`(pixels)`, and `image` at least [`row_length`] floats after every offset.
-pub fn multiply(a: &Packed, image: &[f32], offsets: &[usize], bias: Option<&[f32]>, pixels: usize, out: &mut [f32]) {
+pub fn multiply(
+    a: &Packed,
+    image: &[f32],
+    offsets: &[usize],
+    bias: Option<&[f32]>,
+    pixels: usize,
+    out: &mut [f32],
+) {
     assert_eq!(offsets.len(), a.depth);
     Arch::new().dispatch(Multiply { a, image, offsets, bias, pixels, out });
 }

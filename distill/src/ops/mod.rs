@@ -41,9 +41,7 @@ impl<'a> CandleOps<'a> {
 
     fn get(&self, name: &str, suffix: &str) -> Result<&'a Tensor> {
         let key = format!("{name}.{suffix}");
-        self.parameters
-            .get(&key)
-            .ok_or_else(|| candle_core::Error::CannotFindTensor { path: key }.bt())
+        self.parameters.get(&key).ok_or_else(|| candle_core::Error::CannotFindTensor { path: key }.bt())
     }
 
     fn affine(&self, name: &str) -> Result<(&'a Tensor, &'a Tensor)> {

@@ -6,7 +6,7 @@ use dmd_core::net::GroupNorm;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::cpu::{add_to, read, sigmoid, slice, sum};
+use super::cpu::{add_to, read, sigmoid, slice};
 
 /// Images per partial sum of the parameters' gradients.
 const GROUP: usize = 4;
@@ -14,12 +14,20 @@ const GROUP: usize = 4;
 /// `y = (x − mean)/sqrt(var + eps)·weight + bias` per group, then SiLU if asked.
 pub struct NormOp(pub GroupNorm);
 
-/// Mean and reciprocal standard deviation of one group.
+/// Mean and reciprocal standard deviation of one group. Both are taken relative to the first value, so that a
+/// constant group comes out exactly constant.
 #[inline(always)]
 fn statistics(x: &[f32], eps: f32) -> (f32, f32) {
     let n = x.len() as f32;
-    let mean = sum(x) / n;
     let (head, tail) = pulp::as_arrays::<8, f32>(x);
+    let mut parts = [0.0f32; 8];
+    for chunk in head {
+        for (part, v) in parts.iter_mut().zip(chunk) {
+            *part += v - x[0];
+        }
+    }
+    let rest: f32 = tail.iter().map(|v| v - x[0]).sum();
+    let mean = x[0] + (parts.iter().sum::<f32>() + rest) / n;
     let mut parts = [0.0f32; 8];
     for chunk in head {
         for (part, v) in parts.iter_mut().zip(chunk) {
@@ -37,14 +45,14 @@ impl NormOp {
         let plane = x.len() / weight.len();
         let (mean, scale) = statistics(x, self.0.eps as f32);
         for (((y, x), w), b) in y.chunks_exact_mut(plane).zip(x.chunks_exact(plane)).zip(weight).zip(bias) {
-            let (w, b) = (w * scale, b - mean * w * scale);
+            let w = w * scale;
             if self.0.silu {
                 y.iter_mut().zip(x).for_each(|(y, x)| {
-                    let v = x * w + b;
+                    let v = (x - mean) * w + b;
                     *y = v * sigmoid(v);
                 });
             } else {
-                y.iter_mut().zip(x).for_each(|(y, x)| *y = x * w + b);
+                y.iter_mut().zip(x).for_each(|(y, x)| *y = (x - mean) * w + b);
             }
         }
     }
@@ -64,10 +72,10 @@ impl NormOp {
         for (c, &w) in weight.iter().enumerate() {
             let at = c * plane..(c + 1) * plane;
             let (x, grad, dx) = (&x[at.clone()], &grad[at.clone()], &mut dx[at]);
-            let (slope, shift) = (w * scale, bias[c] - mean * w * scale);
+            let (slope, shift) = (w * scale, bias[c]);
             if self.0.silu {
                 for ((dx, x), grad) in dx.iter_mut().zip(x).zip(grad) {
-                    let v = x * slope + shift;
+                    let v = (x - mean) * slope + shift;
                     let s = sigmoid(v);
                     *dx = grad * s * (1.0 + v * (1.0 - s));
                 }

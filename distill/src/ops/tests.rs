@@ -114,7 +114,8 @@ fn the_sigmoid_is_exact_to_rounding() {
 fn a_frozen_weight_costs_no_gradient() {
     let spec = Conv2d { in_channels: 2, out_channels: 2, kernel: 3, stride: 1, padding: [1; 4] };
     let x = random(1, &[2, 2, 4, 4]);
-    let (weight, bias) = (random(2, &[2, 2, 3, 3]).as_detached_tensor(), random(3, &[2]).as_detached_tensor());
+    let (weight, bias) =
+        (random(2, &[2, 2, 3, 3]).as_detached_tensor(), random(3, &[2]).as_detached_tensor());
     let y = convolution(&x, &weight, &bias, spec).unwrap();
     let grads = y.sum_all().unwrap().backward().unwrap();
     assert!(grads.get(&x).is_some() && grads.get(&weight).is_none());
