@@ -1,5 +1,5 @@
 //! What an ONNX file says about itself: model card, inputs, outputs, sizes; checked before any engine sees it.
-//! Contract: ARCHITECTURE.md, "ONNX contract"; names in `dmd_core::card`. No inference here.
+//! The contract and its names are those of `dmd_core::card`. No inference here.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -16,6 +16,7 @@ use crate::{Error, Result};
 pub const TEACHER_STEPS: usize = 50;
 
 /// Pixels (rows times columns) that one onnxruntime batch holds at most; a batch is 1 to 64 images.
+#[cfg(feature = "ort")]
 const BATCH_PIXELS: usize = 64 * 32 * 32;
 
 /// How to run a model.

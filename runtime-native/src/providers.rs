@@ -7,6 +7,8 @@ use serde::Serialize;
 
 use crate::file::ModelFile;
 use crate::generator::{Engine, Options};
+#[cfg(feature = "ort")]
+use crate::ort::probe;
 use crate::{Error, Result};
 
 /// What runs the network.
@@ -125,9 +127,11 @@ fn usable(provider: Provider, options: &Options) -> Result<String, (Option<Strin
     if provider == Provider::Tract {
         return Ok(tract_name());
     }
-    #[cfg(feature = "ort")]
-    return crate::ort::probe(provider, options);
-    #[cfg(not(feature = "ort"))]
+    probe(provider, options)
+}
+
+#[cfg(not(feature = "ort"))]
+fn probe(provider: Provider, _: &Options) -> Result<String, (Option<String>, Error)> {
     Err((None, not_compiled(provider)))
 }
 

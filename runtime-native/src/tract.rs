@@ -65,9 +65,9 @@ impl Tract {
             .iter()
             .map(|role| {
                 Ok(match role {
-                    Some(Role::Image) => Tensor::from_shape(&[1, c, h, w], batch.x)?,
-                    Some(Role::Class) => Tensor::from_shape(&[1], batch.class)?,
-                    _ => Tensor::from_shape(&[1], batch.t)?,
+                    Some(Role::Image) => Tensor::from_shape(&[batch.n, c, h, w], batch.x)?,
+                    Some(Role::Class) => Tensor::from_shape(&[batch.n], batch.class)?,
+                    _ => Tensor::from_shape(&[batch.n], batch.t)?,
                 }
                 .into())
             })
