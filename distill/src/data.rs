@@ -151,6 +151,11 @@ fn fashion_file(folder: Option<&Path>, stem: &str, sha256: &str) -> Result<(Path
     }
     let cache = cache.ok_or_else(|| Error::Request("no home folder to keep the data set in".into()))?;
     let base = std::env::var(MIRROR_VARIABLE).unwrap_or_else(|_| PUBLISHED.to_owned());
+    fetch(&base, &cache, stem, sha256)
+}
+
+/// `stem`.gz from below the address `base`, kept in the folder `cache` if its content is the expected one.
+fn fetch(base: &str, cache: &Path, stem: &str, sha256: &str) -> Result<(PathBuf, Vec<u8>)> {
     let (url, path) = (format!("{}/{stem}.gz", base.trim_end_matches('/')), cache.join(format!("{stem}.gz")));
     eprintln!("downloading {url}");
     let compressed = download(&url)?;
@@ -218,6 +223,48 @@ mod tests {
         for bad in [&good[..14], &good[..10], &good[..2], &[0, 0, 13, 1, 0, 0, 0, 0], &[]] {
             assert!(idx(path, bad).is_err(), "{bad:?}");
         }
+    }
+
+    /// The address of a server that answers each request with the next of `answers`: a promised length and a body.
+    fn serve(answers: Vec<(usize, Vec<u8>)>) -> String {
+        use std::io::{BufRead, BufReader, Write};
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            for (length, body) in answers {
+                let (mut stream, _) = listener.accept().unwrap();
+                let request = BufReader::new(stream.try_clone().unwrap()).lines();
+                assert_eq!(
+                    request.map_while(std::result::Result::ok).find(|line| line.is_empty()),
+                    Some(String::new())
+                );
+                let head =
+                    format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+                stream.write_all(&[head.as_bytes(), &body].concat()).unwrap();
+            }
+        });
+        format!("http://{address}/")
+    }
+
+    #[test]
+    fn a_download_is_kept_only_if_it_is_whole_and_the_right_one() {
+        use std::io::Write;
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gz.write_all(b"content").unwrap();
+        let gz = gz.finish().unwrap();
+        let cut = gz[..gz.len() - 3].to_vec();
+        let url =
+            serve(vec![(gz.len(), cut.clone()), (cut.len(), cut), (gz.len(), gz.clone()), (gz.len(), gz)]);
+        let cache = tempfile::tempdir().unwrap();
+        let get = |sha: &str| fetch(&url, cache.path(), "file", sha).map_err(|e| e.to_string());
+        let right = files::sha256(b"content");
+        assert!(get(&right).unwrap_err().contains("cannot download"));
+        assert!(get(&right).unwrap_err().contains("not a complete gzip file"));
+        assert!(get(&files::sha256(b"other")).unwrap_err().contains("SHA-256"));
+        assert_eq!(std::fs::read_dir(cache.path()).unwrap().count(), 0, "a bad download was kept");
+        let (path, bytes) = get(&right).unwrap();
+        assert!(path.is_file() && bytes == b"content");
+        assert!(get(&right).unwrap_err().contains("cannot download"), "the server is gone");
     }
 
     #[test]

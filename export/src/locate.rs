@@ -1,4 +1,4 @@
-//! Which checkpoint directory is meant: `--from`, or the newest run. Reads directory entries and run.json, no weights.
+//! Which checkpoint directory is meant: `--from`, or the newest run. Reads directory entries, no weights.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::{Error, Result};
 /// The checkpoint directory to export.
 ///
 /// `from` is a checkpoint directory, or a run directory that holds `generator/` or `teacher/`; without it the newest
-/// run under `runs` counts. The teacher of a distillation run is the base that its run.json names.
+/// run under `runs` counts.
 ///
 /// # Errors
 /// If there is no run, or nothing of this kind in the directory.
@@ -32,7 +32,6 @@ fn in_directory(dir: &Path, kind: Kind) -> Result<PathBuf> {
     match kind {
         Kind::Generator if generator.is_dir() => Ok(generator),
         Kind::Teacher if teacher.is_dir() => Ok(teacher),
-        Kind::Teacher if generator.is_dir() => base_of(dir),
         Kind::Generator if teacher.is_dir() => Err(Error::Request(format!(
             "`{}` is a run that trained a base model and has no `generator/`\n\nhint: add --teacher to export the base \
              model, or distil it with `dmd-distill --base {}`",
@@ -44,22 +43,6 @@ fn in_directory(dir: &Path, kind: Kind) -> Result<PathBuf> {
             "neither a checkpoint (config.json and weights) nor a run (with `generator/` or `teacher/`)",
         )),
     }
-}
-
-/// The base that a distillation run started from.
-fn base_of(run: &Path) -> Result<PathBuf> {
-    let file = run.join("run.json");
-    let text = fs::read_to_string(&file).map_err(|e| Error::file(&file, e.to_string()))?;
-    let json: serde_json::Value =
-        serde_json::from_str(&text).map_err(|e| Error::file(&file, format!("not JSON: {e}")))?;
-    let base = json.get("base_dir").and_then(serde_json::Value::as_str);
-    let base =
-        base.ok_or_else(|| Error::file(&file, "key `base_dir` is missing, expected the base's directory"))?;
-    let base = PathBuf::from(base);
-    if base.is_dir() {
-        return Ok(base);
-    }
-    Err(Error::file(&file, format!("`base_dir` is `{}`, which is no directory here", base.display())))
 }
 
 fn newest_run(runs: &Path, kind: Kind) -> Result<PathBuf> {
@@ -109,21 +92,5 @@ mod tests {
         assert_eq!(locate(None, &runs, Kind::Teacher).unwrap(), runs.join("c/teacher"));
         let err = locate(Some(&runs.join("c")), &runs, Kind::Generator).unwrap_err().to_string();
         assert!(err.contains("--teacher"), "{err}");
-    }
-
-    #[test]
-    fn the_teacher_of_a_distillation_is_its_base() {
-        let dir = tempfile::tempdir().unwrap();
-        let (run, base) = (dir.path().join("run"), dir.path().join("base"));
-        weights(&run.join("generator"), 1);
-        weights(&base, 1);
-        let locate_teacher = || locate(Some(&run), dir.path(), Kind::Teacher);
-        assert!(locate_teacher().unwrap_err().to_string().contains("run.json"));
-        fs::write(run.join("run.json"), "{}").unwrap();
-        assert!(locate_teacher().unwrap_err().to_string().contains("base_dir"));
-        fs::write(run.join("run.json"), serde_json::json!({ "base_dir": base }).to_string()).unwrap();
-        assert_eq!(locate_teacher().unwrap(), base);
-        fs::write(run.join("run.json"), r#"{"base_dir":"/nowhere"}"#).unwrap();
-        assert!(locate_teacher().unwrap_err().to_string().contains("/nowhere"));
     }
 }

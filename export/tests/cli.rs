@@ -16,13 +16,18 @@ fn fixture(name: &str) -> PathBuf {
 /// A copy of tiny-class, as a generator, that a test may damage.
 fn generator(dir: &Path) -> Result<PathBuf> {
     let copy = dir.join("runs/tiny/generator");
-    fs::create_dir_all(&copy)?;
-    for entry in fs::read_dir(fixture("tiny-class"))? {
-        let path = entry?.path();
-        fs::copy(&path, copy.join(path.file_name().context("name")?))?;
-    }
+    copy_dir(&fixture("tiny-class"), &copy)?;
     fs::write(copy.join("generator.json"), r#"{"t_gen": 440, "input_scale": 1.0}"#)?;
     Ok(copy)
+}
+
+fn copy_dir(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let path = entry?.path();
+        fs::copy(&path, to.join(path.file_name().context("name")?))?;
+    }
+    Ok(())
 }
 
 fn dmd_export(dir: &Path, arguments: &[&str]) -> Result<Output> {
@@ -80,11 +85,16 @@ fn a_teacher_is_exported_on_request_only() -> Result<()> {
     refused(dir.path(), &["out.onnx", "--from", base], &["tiny-ddpm", "--teacher"])?;
     let from = generator.to_str().context("path")?;
     refused(dir.path(), &["out.onnx", "--from", from, "--teacher"], &["leave out --teacher"])?;
-    refused(dir.path(), &["out.onnx", "--from", "runs/tiny", "--teacher"], &["run.json"])?;
-    fs::write(dir.path().join("runs/tiny/run.json"), serde_json::json!({ "base_dir": base }).to_string())?;
+    let run = dir.path().join("runs/tiny");
+    refused(
+        dir.path(),
+        &["out.onnx", "--from", "runs/tiny", "--teacher"],
+        &["neither a checkpoint", "runs/tiny"],
+    )?;
+    copy_dir(Path::new(base), &run.join("teacher"))?;
     let output = dmd_export(dir.path(), &["out.onnx", "--from", "runs/tiny", "--teacher"])?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    ensure!(String::from_utf8_lossy(&output.stderr).contains("teacher `tiny-ddpm`"));
+    ensure!(String::from_utf8_lossy(&output.stderr).contains("teacher `tiny`"));
     Ok(())
 }
 
