@@ -1,11 +1,12 @@
 //! Distils a pretrained DDPM into a one-step generator (DMD, arXiv:2311.18828).
 //!
 //! The library behind `dmd-distill`: [`base`] finds a model, [`teacher`] trains one, [`pairs`] samples it,
-//! [`train`] distils it with the [`losses`] of the paper on the operations of [`ops`].
+//! [`train`] distils it with the [`losses`] of the paper. Networks run on [`cpu`] or, on GPUs, on [`ops`].
 
 pub mod base;
 pub mod checkpoint;
 pub mod commands;
+pub mod cpu;
 pub mod data;
 pub mod device;
 pub mod error;

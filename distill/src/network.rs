@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor, Var};
 use dmd_core::config::ModelConfig;
 use dmd_core::net::{OneStep, denoise, one_step, shapes};
 
+use crate::cpu;
 use crate::error::Result;
 use crate::ops::CandleOps;
 use crate::random::{Purpose, Random};
@@ -54,7 +55,16 @@ impl Network {
     /// # Shapes
     /// `x_t` `[n, c, h, w]`, `t` `[n]` or `[1]` f32, `class` `[n]` u32; returns `[n, c, h, w]`.
     pub fn eps_pred(&self, x_t: &Tensor, t: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
-        Ok(denoise(&mut CandleOps::new(&self.parameters, &self.device), &self.config, x_t, t, class)?)
+        if !self.device.is_cpu() {
+            let mut ops = CandleOps::new(&self.parameters, &self.device);
+            return Ok(denoise(&mut ops, &self.config, x_t, t, class)?);
+        }
+        let (config, class) = (self.config.clone(), numbers(class)?);
+        let t = t.to_vec1::<f32>()?;
+        Ok(cpu::apply(std::slice::from_ref(x_t), &self.parameters, move |ops, x| {
+            let (t, class) = (ops.numbers(&t), class.map(|class| ops.numbers(&class)));
+            denoise(ops, &config, &x[0], &t, class.as_ref())
+        })?)
     }
 
     /// The image of the one-step generator that these weights make.
@@ -62,7 +72,15 @@ impl Network {
     /// # Shapes
     /// `z` `[n, c, h, w]` standard normal, `class` `[n]` u32; returns `[n, c, h, w]` in the model's range.
     pub fn one_step(&self, generator: &OneStep, z: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
-        Ok(one_step(&mut CandleOps::new(&self.parameters, &self.device), &self.config, generator, z, class)?)
+        if !self.device.is_cpu() {
+            let mut ops = CandleOps::new(&self.parameters, &self.device);
+            return Ok(one_step(&mut ops, &self.config, generator, z, class)?);
+        }
+        let (config, generator, class) = (self.config.clone(), *generator, numbers(class)?);
+        Ok(cpu::apply(std::slice::from_ref(z), &self.parameters, move |ops, z| {
+            let class = class.map(|class| ops.numbers(&class));
+            one_step(ops, &config, &generator, &z[0], class.as_ref())
+        })?)
     }
 
     /// All weights by name.
@@ -79,6 +97,12 @@ impl Network {
     pub fn device(&self) -> &Device {
         &self.device
     }
+}
+
+/// Classes as the CPU engine takes them.
+fn numbers(class: Option<&Tensor>) -> Result<Option<Vec<f32>>> {
+    let classes = class.map(Tensor::to_vec1::<u32>).transpose()?;
+    Ok(classes.map(|classes| classes.iter().map(|class| *class as f32).collect()))
 }
 
 /// Initial weights as PyTorch makes them: uniform in ±1/sqrt(fan in) for layers, 1 and 0 for norms, standard normal

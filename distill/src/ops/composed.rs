@@ -4,15 +4,19 @@
 use candle_core::{D, Result, Tensor};
 use dmd_core::net::{Conv2d, GroupNorm};
 
-/// See [`dmd_core::net::Ops::conv2d`].
+/// See [`dmd_core::net::Ops::conv2d`]. What a stride leaves unread is cut off, because candle's gradient has the wrong
+/// shape otherwise.
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, spec: Conv2d) -> Result<Tensor> {
+    let (_, _, h, w) = x.dims4()?;
     let [top, left, bottom, right] = spec.padding;
-    let symmetric = top == left && top == bottom && top == right;
-    let y = if symmetric {
+    let used = |size: usize| (size - spec.kernel) / spec.stride * spec.stride + spec.kernel;
+    let (height, width) = (h + top + bottom, w + left + right);
+    let even = top == left && top == bottom && top == right;
+    let y = if even && used(height) == height && used(width) == width {
         x.conv2d(weight, top, spec.stride, 1, 1)?
     } else {
         let x = x.pad_with_zeros(2, top, bottom)?.pad_with_zeros(3, left, right)?;
-        x.conv2d(weight, 0, spec.stride, 1, 1)?
+        x.narrow(2, 0, used(height))?.narrow(3, 0, used(width))?.conv2d(weight, 0, spec.stride, 1, 1)?
     };
     y.broadcast_add(&bias.reshape((1, spec.out_channels, 1, 1))?)
 }

@@ -1,14 +1,8 @@
-//! The denoisers' vocabulary on candle tensors, differentiable.
-//!
-//! On the CPU the operations below are the project's own: candle 0.11's are slow there, and several have a wrong or
-//! missing gradient. On other devices they are compositions of candle operations whose gradients are right.
+//! The denoisers' vocabulary on candle tensors, differentiable: compositions of candle operations whose gradients are
+//! right on every device (several of candle 0.11's own are wrong or missing). Used on GPUs; on the CPU, where
+//! candle's are slow, networks run on [`crate::cpu`], and these are what it is checked against.
 
 mod composed;
-mod conv;
-mod cpu;
-mod gemm;
-mod layout;
-mod norm;
 
 use std::collections::BTreeMap;
 
@@ -94,20 +88,17 @@ impl Ops for CandleOps<'_> {
             padding: [0; 4],
         };
         let weight = weight.reshape((spec.out_features, spec.in_features, 1, 1))?;
-        Ok(convolution(x, &weight, bias, conv)?)
+        Ok(composed::conv2d(x, &weight, bias, conv)?)
     }
 
     fn conv2d(&mut self, x: &Tensor, name: &str, spec: Conv2d) -> std::result::Result<Tensor, Error> {
         let (weight, bias) = self.affine(name)?;
-        Ok(convolution(x, weight, bias, spec)?)
+        Ok(composed::conv2d(x, weight, bias, spec)?)
     }
 
     fn group_norm(&mut self, x: &Tensor, name: &str, spec: GroupNorm) -> std::result::Result<Tensor, Error> {
         let (weight, bias) = self.affine(name)?;
-        Ok(match x.device() {
-            Device::Cpu => x.contiguous()?.apply_op3(weight, bias, norm::NormOp(spec))?,
-            _ => composed::group_norm(x, weight, bias, spec)?,
-        })
+        Ok(composed::group_norm(x, weight, bias, spec)?)
     }
 
     fn silu(&mut self, x: &Tensor) -> std::result::Result<Tensor, Error> {
@@ -119,10 +110,7 @@ impl Ops for CandleOps<'_> {
     }
 
     fn add_bias(&mut self, x: &Tensor, bias: &Tensor) -> std::result::Result<Tensor, Error> {
-        Ok(match x.device() {
-            Device::Cpu => x.contiguous()?.apply_op2(&bias.contiguous()?, layout::AddBias)?,
-            _ => composed::add_bias(x, bias)?,
-        })
+        Ok(composed::add_bias(x, bias)?)
     }
 
     fn scale(&mut self, x: &Tensor, factor: f64) -> std::result::Result<Tensor, Error> {
@@ -130,17 +118,11 @@ impl Ops for CandleOps<'_> {
     }
 
     fn concat(&mut self, a: &Tensor, b: &Tensor) -> std::result::Result<Tensor, Error> {
-        Ok(match a.device() {
-            Device::Cpu => a.contiguous()?.apply_op2(&b.contiguous()?, layout::Concat)?,
-            _ => Tensor::cat(&[a, b], 1)?,
-        })
+        Ok(Tensor::cat(&[a, b], 1)?)
     }
 
     fn upsample_nearest2x(&mut self, x: &Tensor) -> std::result::Result<Tensor, Error> {
-        Ok(match x.device() {
-            Device::Cpu => x.contiguous()?.apply_op1(layout::Upsample)?,
-            _ => composed::upsample_nearest2x(x)?,
-        })
+        Ok(composed::upsample_nearest2x(x)?)
     }
 
     fn attention(
@@ -153,13 +135,3 @@ impl Ops for CandleOps<'_> {
         Ok(composed::attention(q, k, v, heads)?)
     }
 }
-
-fn convolution(x: &Tensor, weight: &Tensor, bias: &Tensor, spec: Conv2d) -> Result<Tensor> {
-    match x.device() {
-        Device::Cpu => x.contiguous()?.apply_op3(&weight.contiguous()?, bias, conv::ConvOp(spec)),
-        _ => composed::conv2d(x, weight, bias, spec),
-    }
-}
-
-#[cfg(test)]
-mod tests;

@@ -1,0 +1,383 @@
+//! The denoisers' vocabulary on the CPU engine, and the candle operation that a whole network becomes.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, bail};
+use dmd_core::net::{Conv2d, Embedding, GroupNorm, Linear, Ops, TimestepEmbedding};
+
+use super::images::Images;
+use super::simd::add_to;
+use super::tape::{Tape, Value};
+use super::{attention, conv, layout, norm};
+use crate::ops::Error;
+
+type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Where each parameter lies among the flattened values.
+type Places = BTreeMap<String, Range<usize>>;
+
+/// [`Ops`] on [`Images`]; records a tape where a gradient is wanted.
+pub struct CpuOps<'a> {
+    flat: &'a [f32],
+    places: &'a Places,
+    /// Whether parameters get gradients.
+    train: bool,
+    tape: Tape,
+}
+
+/// Runs `network` on images `[n, c, h, w]` (vectors: `[n, c, 1, 1]`) with parameters by name; returns `[n, c', h', w']`.
+///
+/// Differentiable in every input and parameter that candle tracks.
+pub fn apply(
+    inputs: &[Tensor],
+    parameters: &BTreeMap<String, Tensor>,
+    network: impl FnOnce(&mut CpuOps, &[Value]) -> Result<Value> + Send + 'static,
+) -> Result<Tensor> {
+    let mut flat = Vec::with_capacity(inputs.len() + parameters.len());
+    let (mut shapes, mut places, mut end) = (Vec::new(), Places::new(), 0);
+    let mut push = |tensor: &Tensor| -> Result<Range<usize>> {
+        flat.push(tensor.flatten_all()?);
+        end += tensor.elem_count();
+        Ok(end - tensor.elem_count()..end)
+    };
+    for input in inputs {
+        let (n, c, h, w) = input.dims4()?;
+        shapes.push(Input { shape: [n, c, h, w], place: push(input)?, track: input.track_op() });
+    }
+    for (name, tensor) in parameters {
+        places.insert(name.clone(), push(tensor)?);
+    }
+    let train = parameters.values().any(Tensor::track_op);
+    let pass = Pass { inputs: shapes, places, train, network: Mutex::new(Some(Box::new(network))), record: Mutex::new(None) };
+    Ok(Tensor::cat(&flat, 0)?.apply_op1(pass)?)
+}
+
+struct Input {
+    shape: [usize; 4],
+    place: Range<usize>,
+    track: bool,
+}
+
+type NetworkFn = Box<dyn FnOnce(&mut CpuOps, &[Value]) -> Result<Value> + Send>;
+
+/// One forward pass as a candle operation on the flattened inputs and parameters.
+struct Pass {
+    inputs: Vec<Input>,
+    places: Places,
+    train: bool,
+    network: Mutex<Option<NetworkFn>>,
+    record: Mutex<Option<(Tape, Option<usize>)>>,
+}
+
+fn take<T>(place: &Mutex<Option<T>>) -> Option<T> {
+    place.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+impl CustomOp1 for Pass {
+    fn name(&self) -> &'static str {
+        "network"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let Some((start, end)) = layout.contiguous_offsets() else { bail!("the values are not contiguous") };
+        let flat = &storage.as_slice::<f32>()?[start..end];
+        let Some(network) = take(&self.network) else { bail!("a pass runs once") };
+        let mut ops = CpuOps { flat, places: &self.places, train: self.train, tape: Tape::default() };
+        let inputs: Vec<Value> = self.inputs.iter().map(|input| ops.input(input)).collect();
+        let y = network(&mut ops, &inputs).map_err(candle_core::Error::wrap)?;
+        let mut out = vec![0.0; y.images.n * y.images.c * y.images.h * y.images.w];
+        y.images.to_nchw(&mut out);
+        let shape = Shape::from((y.images.n, y.images.c, y.images.h, y.images.w));
+        if self.train || self.inputs.iter().any(|input| input.track) {
+            *self.record.lock().unwrap_or_else(PoisonError::into_inner) = Some((ops.tape, y.slot));
+        }
+        Ok((CpuStorage::F32(out), shape))
+    }
+
+    fn bwd(&self, flat: &Tensor, y: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let Some((tape, slot)) = take(&self.record) else { bail!("a pass is differentiated once") };
+        let (n, c, h, w) = y.dims4()?;
+        let gradient = Images::from_nchw(&gradient.flatten_all()?.to_vec1::<f32>()?, [n, c, h, w]);
+        let (storage, layout) = flat.storage_and_layout();
+        let (candle_core::Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets())
+        else {
+            bail!("the values are not in the CPU's memory")
+        };
+        let d_flat = tape.backward(&storage.as_slice::<f32>()?[start..end], slot, gradient);
+        Tensor::from_vec(d_flat, flat.shape(), flat.device()).map(Some)
+    }
+}
+
+/// Weight and bias of one layer.
+#[derive(Clone)]
+struct Affine {
+    weight: Range<usize>,
+    bias: Range<usize>,
+}
+
+impl CpuOps<'_> {
+    /// One number per image, as an image of one pixel.
+    pub fn numbers(&self, values: &[f32]) -> Value {
+        self.constant(Images::from_nchw(values, [values.len(), 1, 1, 1]))
+    }
+
+    fn constant(&self, images: Images) -> Value {
+        Value { images: Arc::new(images), slot: None }
+    }
+
+    fn input(&mut self, input: &Input) -> Value {
+        let images = Images::from_nchw(&self.flat[input.place.clone()], input.shape);
+        let slot = input.track.then(|| self.tape.slot());
+        if let Some(slot) = slot {
+            let place = input.place.clone();
+            self.tape.push(slot, move |gradient, all| gradient.to_nchw(&mut all.d_flat[place]));
+        }
+        Value { images: Arc::new(images), slot }
+    }
+
+    fn place(&self, name: &str, suffix: &str) -> Result<Range<usize>> {
+        let key = format!("{name}.{suffix}");
+        let place = self.places.get(&key).cloned();
+        place.ok_or_else(|| candle_core::Error::CannotFindTensor { path: key }.bt().into())
+    }
+
+    fn affine(&self, name: &str) -> Result<Affine> {
+        Ok(Affine { weight: self.place(name, "weight")?, bias: self.place(name, "bias")? })
+    }
+
+    /// The result of an operation, with a place for its gradient if it has one.
+    fn result(&mut self, images: Images, tracked: bool) -> Value {
+        Value { images: Arc::new(images), slot: tracked.then(|| self.tape.slot()) }
+    }
+
+    /// `x` for `n` images, where it may be one that stands for all.
+    fn broadcast(&mut self, x: &Value, n: usize) -> Value {
+        if x.images.n == n {
+            return x.clone();
+        }
+        let (c, h, w) = (x.images.c, x.images.h, x.images.w);
+        let mut one = vec![0.0; c * h * w];
+        x.images.to_nchw(&mut one);
+        let y = self.result(Images::from_nchw(&one.repeat(n), [n, c, h, w]), x.slot.is_some());
+        if let Some(slot) = y.slot {
+            let x = x.slot;
+            self.tape.push(slot, move |gradient, all| {
+                let mut values = vec![0.0; n * c * h * w];
+                gradient.to_nchw(&mut values);
+                let mut sum = vec![0.0; c * h * w];
+                values.chunks_exact(c * h * w).for_each(|image| add_to(&mut sum, image));
+                all.add(x, Images::from_nchw(&sum, [1, c, h, w]));
+            });
+        }
+        y
+    }
+
+    fn convolution(&mut self, x: &Value, name: &str, spec: Conv2d) -> Result<Value> {
+        let layer = self.affine(name)?;
+        let (weight, bias) = (&self.flat[layer.weight.clone()], &self.flat[layer.bias.clone()]);
+        let out = conv::forward(&spec, &x.images, weight, bias);
+        let y = self.result(out, x.slot.is_some() || self.train);
+        if let Some(slot) = y.slot {
+            let (x, train) = (x.clone(), self.train);
+            self.tape.push(slot, move |gradient, all| {
+                if train {
+                    let [d_weight, d_bias] = all.pair(&layer.weight, &layer.bias);
+                    conv::backward_weight(&spec, &x.images, &gradient, d_weight, d_bias);
+                }
+                if x.slot.is_some() {
+                    let size = [x.images.h, x.images.w];
+                    let dx = conv::backward_input(&spec, &gradient, &all.flat[layer.weight], size);
+                    all.add(x.slot, dx);
+                }
+            });
+        }
+        Ok(y)
+    }
+}
+
+/// A linear map of the channels, as a convolution.
+fn one_by_one(spec: Linear) -> Conv2d {
+    Conv2d {
+        in_channels: spec.in_features,
+        out_channels: spec.out_features,
+        kernel: 1,
+        stride: 1,
+        padding: [0; 4],
+    }
+}
+
+impl Ops for CpuOps<'_> {
+    type Value = Value;
+    type Error = Error;
+
+    fn timestep(&mut self, t: f64) -> Result<Value> {
+        Ok(self.numbers(&[t as f32]))
+    }
+
+    fn timestep_embedding(&mut self, t: &Value, spec: TimestepEmbedding) -> Result<Value> {
+        let frequencies: Vec<f32> = spec.frequencies().iter().map(|f| *f as f32).collect();
+        let mut values = vec![0.0; t.images.n];
+        t.images.to_nchw(&mut values);
+        let embedding = values.iter().flat_map(|t| {
+            let sin = frequencies.iter().map(move |f| (t * f).sin());
+            let cos = frequencies.iter().map(move |f| (t * f).cos());
+            let (first, second): (Vec<f32>, Vec<f32>) = (sin.collect(), cos.collect());
+            if spec.flip_sin_to_cos { [second, first].concat() } else { [first, second].concat() }
+        });
+        let embedding: Vec<f32> = embedding.collect();
+        Ok(self.constant(Images::from_nchw(&embedding, [values.len(), spec.features, 1, 1])))
+    }
+
+    fn embedding(&mut self, index: &Value, name: &str, spec: Embedding) -> Result<Value> {
+        let place = self.place(name, "weight")?;
+        let mut rows = vec![0.0; index.images.n];
+        index.images.to_nchw(&mut rows);
+        let rows: Vec<usize> = rows.iter().map(|row| *row as usize).collect();
+        if let Some(row) = rows.iter().find(|row| **row >= spec.rows) {
+            return Err(dmd_core::Error::Request(format!("got class {row}, expected 0 to {}", spec.rows - 1)).into());
+        }
+        let table = &self.flat[place.clone()];
+        let values: Vec<f32> =
+            rows.iter().flat_map(|row| &table[row * spec.features..][..spec.features]).copied().collect();
+        let y = self.result(Images::from_nchw(&values, [rows.len(), spec.features, 1, 1]), self.train);
+        if let Some(slot) = y.slot {
+            self.tape.push(slot, move |gradient, all| {
+                let mut values = vec![0.0; rows.len() * spec.features];
+                gradient.to_nchw(&mut values);
+                let table = &mut all.d_flat[place];
+                for (row, d) in rows.iter().zip(values.chunks_exact(spec.features)) {
+                    add_to(&mut table[row * spec.features..][..spec.features], d);
+                }
+            });
+        }
+        Ok(y)
+    }
+
+    fn linear(&mut self, x: &Value, name: &str, spec: Linear) -> Result<Value> {
+        self.convolution(x, name, one_by_one(spec))
+    }
+
+    fn pointwise(&mut self, x: &Value, name: &str, spec: Linear) -> Result<Value> {
+        self.convolution(x, name, one_by_one(spec))
+    }
+
+    fn conv2d(&mut self, x: &Value, name: &str, spec: Conv2d) -> Result<Value> {
+        self.convolution(x, name, spec)
+    }
+
+    fn group_norm(&mut self, x: &Value, name: &str, spec: GroupNorm) -> Result<Value> {
+        let layer = self.affine(name)?;
+        let (weight, bias) = (&self.flat[layer.weight.clone()], &self.flat[layer.bias.clone()]);
+        let out = norm::forward(&spec, &x.images, weight, bias);
+        let y = self.result(out, x.slot.is_some() || self.train);
+        if let Some(slot) = y.slot {
+            let x = x.clone();
+            self.tape.push(slot, move |gradient, all| {
+                let flat = all.flat;
+                let (weight, bias) = (&flat[layer.weight.clone()], &flat[layer.bias.clone()]);
+                let [d_weight, d_bias] = all.pair(&layer.weight, &layer.bias);
+                let dx = norm::backward(&spec, &x.images, weight, bias, gradient, d_weight, d_bias);
+                all.add(x.slot, dx);
+            });
+        }
+        Ok(y)
+    }
+
+    fn silu(&mut self, x: &Value) -> Result<Value> {
+        let y = self.result(layout::silu(&x.images), x.slot.is_some());
+        if let Some(slot) = y.slot {
+            let x = x.clone();
+            self.tape.push(slot, move |mut gradient, all| {
+                layout::silu_backward(&x.images, &mut gradient);
+                all.add(x.slot, gradient);
+            });
+        }
+        Ok(y)
+    }
+
+    fn add(&mut self, a: &Value, b: &Value) -> Result<Value> {
+        let n = a.images.n.max(b.images.n);
+        let (a, b) = (self.broadcast(a, n), self.broadcast(b, n));
+        let y = self.result(layout::add(&a.images, &b.images), a.slot.or(b.slot).is_some());
+        if let Some(slot) = y.slot {
+            let (a, b) = (a.slot, b.slot);
+            self.tape.push(slot, move |gradient, all| {
+                if a.is_some() && b.is_some() {
+                    all.add(a, gradient.copy());
+                    all.add(b, gradient);
+                } else {
+                    all.add(a.or(b), gradient);
+                }
+            });
+        }
+        Ok(y)
+    }
+
+    fn add_bias(&mut self, x: &Value, bias: &Value) -> Result<Value> {
+        let bias = self.broadcast(bias, x.images.n);
+        let y = self.result(layout::add_bias(&x.images, &bias.images), x.slot.or(bias.slot).is_some());
+        if let Some(slot) = y.slot {
+            let (x, bias) = (x.slot, bias.slot);
+            self.tape.push(slot, move |gradient, all| {
+                if bias.is_some() {
+                    all.add(bias, layout::sum_pixels(&gradient));
+                }
+                all.add(x, gradient);
+            });
+        }
+        Ok(y)
+    }
+
+    fn scale(&mut self, x: &Value, factor: f64) -> Result<Value> {
+        let mut out = x.images.copy();
+        layout::scale(&mut out, factor as f32);
+        let y = self.result(out, x.slot.is_some());
+        if let Some(slot) = y.slot {
+            let x = x.slot;
+            self.tape.push(slot, move |mut gradient, all| {
+                layout::scale(&mut gradient, factor as f32);
+                all.add(x, gradient);
+            });
+        }
+        Ok(y)
+    }
+
+    fn concat(&mut self, a: &Value, b: &Value) -> Result<Value> {
+        let y = self.result(layout::concat(&a.images, &b.images), a.slot.or(b.slot).is_some());
+        if let Some(slot) = y.slot {
+            let (first, second) = (a.images.c, b.images.c);
+            let (a, b) = (a.slot, b.slot);
+            self.tape.push(slot, move |gradient, all| {
+                all.add(a, layout::narrow(&gradient, 0, first));
+                all.add(b, layout::narrow(&gradient, first, second));
+            });
+        }
+        Ok(y)
+    }
+
+    fn upsample_nearest2x(&mut self, x: &Value) -> Result<Value> {
+        let y = self.result(layout::upsample(&x.images), x.slot.is_some());
+        if let Some(slot) = y.slot {
+            let x = x.slot;
+            self.tape.push(slot, move |gradient, all| all.add(x, layout::sum_squares(&gradient)));
+        }
+        Ok(y)
+    }
+
+    fn attention(&mut self, q: &Value, k: &Value, v: &Value, heads: usize) -> Result<Value> {
+        let out = attention::forward(&q.images, &k.images, &v.images, heads);
+        let y = self.result(out, [q, k, v].iter().any(|value| value.slot.is_some()));
+        if let Some(slot) = y.slot {
+            let (q, k, v) = (q.clone(), k.clone(), v.clone());
+            self.tape.push(slot, move |gradient, all| {
+                let [dq, dk, dv] = attention::backward(&q.images, &k.images, &v.images, heads, &gradient);
+                all.add(q.slot, dq);
+                all.add(k.slot, dk);
+                all.add(v.slot, dv);
+            });
+        }
+        Ok(y)
+    }
+}
