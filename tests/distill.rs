@@ -114,7 +114,8 @@ fn run_case(golden: &Golden, case: &str, about: &Value, engine: &str) -> Result<
         Some("add_bias") => vec![],
         _ => vec!["weight", "bias"],
     };
-    let named: BTreeMap<&str, Var> = parameters.iter().copied().filter(has).map(read).collect::<Result<_>>()?;
+    let named: BTreeMap<&str, Var> =
+        parameters.iter().copied().filter(has).map(read).collect::<Result<_>>()?;
     let inputs: BTreeMap<&str, Var> = ["x", "a", "b", "q", "k", "v", "bias"]
         .into_iter()
         .filter(|name| has(name) && !named.contains_key(name))
@@ -142,7 +143,9 @@ fn run_case(golden: &Golden, case: &str, about: &Value, engine: &str) -> Result<
         cpu::apply(&images, &parameters, run)?.reshape(shape)?
     } else {
         let numbers = match about["op"].as_str() {
-            Some("embedding") => Tensor::new(spec.numbers.iter().map(|v| *v as u32).collect::<Vec<_>>(), &CPU)?,
+            Some("embedding") => {
+                Tensor::new(spec.numbers.iter().map(|v| *v as u32).collect::<Vec<_>>(), &CPU)?
+            }
             _ => Tensor::new(spec.numbers.as_slice(), &CPU)?,
         };
         spec.run(&mut CandleOps::new(&parameters, &CPU), &tensors, &numbers)?
@@ -182,12 +185,18 @@ struct Spec {
 }
 
 impl Spec {
-    fn run<O: Ops>(&self, ops: &mut O, x: &[O::Value], numbers: &O::Value) -> std::result::Result<O::Value, O::Error> {
+    fn run<O: Ops>(
+        &self,
+        ops: &mut O,
+        x: &[O::Value],
+        numbers: &O::Value,
+    ) -> std::result::Result<O::Value, O::Error> {
         let about = &self.about;
         let linear = || Linear { in_features: self.weight[1], out_features: self.weight[0] };
         match about["op"].as_str().unwrap_or_default() {
             "conv2d" => {
-                let padding: [usize; 4] = std::array::from_fn(|i| about["padding"][i].as_u64().unwrap_or(0) as usize);
+                let padding: [usize; 4] =
+                    std::array::from_fn(|i| about["padding"][i].as_u64().unwrap_or(0) as usize);
                 let (out_channels, in_channels, kernel) = (self.weight[0], self.weight[1], self.weight[2]);
                 let stride = number(about, "stride");
                 ops.conv2d(&x[0], "layer", Conv2d { in_channels, out_channels, kernel, stride, padding })

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::images::Images;
 use super::memory::Buffer;
-use super::simd::{add_to, exp, lanes};
+use super::simd::{add_to, exp, lanes, vectorised};
 
 /// A matrix of vectors: element `(i, j)` is vector `first + i·row + j·column`.
 #[derive(Clone, Copy)]
@@ -44,17 +44,18 @@ impl WithSimd for Product<'_> {
         let [rows, depth, columns] = self.size;
         let factor = simd.splat_f32s(self.factor);
         for i in 0..rows {
-            for j in 0..columns {
-                let mut parts = [simd.splat_f32s(0.0); 2];
-                let (mut at, mut bt) =
-                    (self.a.first + i * self.a.row, self.b.first + j * self.b.column);
+            for first in (0..columns).step_by(4) {
+                let mut sums = [simd.splat_f32s(0.0); 4];
+                let starts: [usize; 4] =
+                    std::array::from_fn(|j| self.b.first + (first + j).min(columns - 1) * self.b.column);
                 for k in 0..depth {
-                    parts[k % 2] = simd.mul_add_e_f32s(a[at], b[bt], parts[k % 2]);
-                    at += self.a.column;
-                    bt += self.b.row;
+                    let a = a[self.a.first + i * self.a.row + k * self.a.column];
+                    for (sum, start) in sums.iter_mut().zip(starts) {
+                        *sum = simd.mul_add_e_f32s(a, b[start + k * self.b.row], *sum);
+                    }
                 }
-                let sum = simd.add_f32s(parts[0], parts[1]);
-                out[self.first + i * self.pitch + j] = simd.mul_f32s(sum, factor);
+                let row = &mut out[self.first + i * self.pitch + first..][..(columns - first).min(4)];
+                row.iter_mut().zip(sums).for_each(|(out, sum)| *out = simd.mul_f32s(sum, factor));
             }
         }
     }
@@ -106,7 +107,7 @@ fn heads(x: &Images, heads: usize) -> impl Iterator<Item = Head> {
 /// Softmax over each row of `columns` vectors.
 fn softmax(scores: &mut [f32], columns: usize) {
     let lanes = lanes();
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             for row in scores.chunks_exact_mut(columns * lanes) {
@@ -130,7 +131,7 @@ fn softmax(scores: &mut [f32], columns: usize) {
 /// Turns the gradient of the weights into that of the scores: `w·(d − Σ w·d)`.
 fn softmax_backward(weights: &[f32], gradient: &mut [f32], columns: usize) {
     let lanes = lanes();
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             let rows = gradient.chunks_exact_mut(columns * lanes).zip(weights.chunks_exact(columns * lanes));
@@ -150,7 +151,8 @@ fn softmax_backward(weights: &[f32], gradient: &mut [f32], columns: usize) {
 /// See [`dmd_core::net::Ops::attention`].
 pub fn forward(q: &Images, k: &Images, v: &Images, count: usize) -> Images {
     let mut out = q.like();
-    let inputs = q.data.par_chunks(q.group()).zip(k.data.par_chunks(q.group())).zip(v.data.par_chunks(q.group()));
+    let inputs =
+        q.data.par_chunks(q.group()).zip(k.data.par_chunks(q.group())).zip(v.data.par_chunks(q.group()));
     out.data.par_chunks_mut(q.group()).zip(inputs).for_each(|(out, ((q_data, k), v))| {
         let mut weights = Buffer::stale(q.h * q.w * q.h * q.w * lanes());
         for head in heads(q, count) {
@@ -166,7 +168,8 @@ pub fn backward(q: &Images, k: &Images, v: &Images, count: usize, gradient: &Ima
     let mut out = [q.like(), q.like(), q.like()];
     let [dq, dk, dv] = &mut out;
     let group = q.group();
-    let outputs = dq.data.par_chunks_mut(group).zip(dk.data.par_chunks_mut(group)).zip(dv.data.par_chunks_mut(group));
+    let outputs =
+        dq.data.par_chunks_mut(group).zip(dk.data.par_chunks_mut(group)).zip(dv.data.par_chunks_mut(group));
     let inputs = q.data.par_chunks(group).zip(k.data.par_chunks(group)).zip(v.data.par_chunks(group));
     let inputs = inputs.zip(gradient.data.par_chunks(group));
     outputs.zip(inputs).for_each(|(((dq, dk), dv), (((q_data, k), v), gradient))| {

@@ -8,13 +8,12 @@
 use std::ops::Range;
 
 use dmd_core::net::Conv2d;
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::images::Images;
 use super::memory::Buffer;
-use super::simd::{add_to, lanes};
-use super::tile::{self, Grid, Packed, ROWS, Row, Rows, Segment};
+use super::simd::{add_to, lanes, vectorised};
+use super::tile::{self, CHANNELS, Grid, Packed, Row, Rows, Segment};
 
 /// Groups of images per partial sum of a weight gradient.
 const SUM_GROUPS: usize = 4;
@@ -100,8 +99,10 @@ pub fn backward_weight(spec: &Conv2d, x: &Images, gradient: &Images, weight: &mu
         .zip(gradient.data.par_chunks(SUM_GROUPS * gradient.group()))
         .map(|(x_groups, gradients)| {
             let size = [gradient.h, gradient.w];
-            let padded: Vec<Padded> =
-                x_groups.chunks_exact(x.group()).map(|group| gather.pad(group, x, size, 0..size[0])).collect();
+            let padded: Vec<Padded> = x_groups
+                .chunks_exact(x.group())
+                .map(|group| gather.pad(group, x, size, 0..size[0]))
+                .collect();
             gather.sums(&padded, gradients, gradient)
         })
         .collect();
@@ -129,7 +130,8 @@ impl Gather {
     /// The forward direction without weights.
     fn taps(spec: &Conv2d) -> Self {
         let [top, left, ..] = spec.padding;
-        let run = |ky: usize| Run { dy: ky as isize - top as isize, dx: -(left as isize), columns: spec.kernel };
+        let run =
+            |ky: usize| Run { dy: ky as isize - top as isize, dx: -(left as isize), columns: spec.kernel };
         let runs = (0..spec.kernel).map(run).collect();
         let phase = Phase { row: 0, column: 0, runs, weights: Packed::new(0, 0, |_, _| 0.0) };
         let channels = [spec.in_channels, spec.out_channels];
@@ -206,7 +208,8 @@ impl Gather {
             from: [0, self.stride * pitch, self.stride * inputs],
             to: [(phase.row * w + phase.column) * outputs, self.step * w * outputs, self.step * outputs],
         };
-        let start = |run: &Run| (run.dy + origin[0]) as usize * pitch + (run.dx + origin[1]) as usize * inputs;
+        let start =
+            |run: &Run| (run.dy + origin[0]) as usize * pitch + (run.dx + origin[1]) as usize * inputs;
         let segments: Vec<Segment> =
             phase.runs.iter().map(|run| Segment { start: start(run), len: run.columns * inputs }).collect();
         tile::multiply(&phase.weights, &x.data, &segments, bias, grid, out);
@@ -248,10 +251,10 @@ impl Gather {
         let runs = &self.phases[0].runs;
         let depth = runs.iter().map(|run| run.columns * inputs).sum::<usize>();
         let mut sums = Vec::with_capacity(outputs * depth);
-        let tiles: Vec<Vec<f32>> = (0..outputs.div_ceil(2 * ROWS))
+        let tiles: Vec<Vec<f32>> = (0..outputs.div_ceil(2 * CHANNELS))
             .into_par_iter()
             .map(|tile| {
-                let channels = tile * 2 * ROWS..(tile * 2 * ROWS + 2 * ROWS).min(outputs);
+                let channels = tile * 2 * CHANNELS..(tile * 2 * CHANNELS + 2 * CHANNELS).min(outputs);
                 let mut vectors = Buffer::zeros(channels.len() * depth * lanes);
                 for (x, gradient) in x.iter().zip(gradients.chunks_exact(shape.group())) {
                     let pitch = x.pitch / lanes;
@@ -280,7 +283,7 @@ impl Gather {
             .collect();
         tiles.iter().for_each(|tile| sums.extend_from_slice(tile));
         let mut bias = vec![0.0; outputs * lanes];
-        Arch::new().dispatch(
+        vectorised(
             #[inline(always)]
             || gradients.chunks_exact(outputs * lanes).for_each(|pixel| add_to(&mut bias, pixel)),
         );

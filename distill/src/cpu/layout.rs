@@ -1,10 +1,9 @@
 //! Operations without parameters that move values about or work value by value.
 
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::images::Images;
-use super::simd::{add_to, lanes, sigmoid, silu_slope};
+use super::simd::{add_to, lanes, sigmoid, silu_slope, vectorised};
 
 /// Values per parallel task of a value-by-value operation.
 const TASK: usize = 1 << 15;
@@ -14,7 +13,7 @@ pub fn add(a: &Images, b: &Images) -> Images {
     let mut out = a.like();
     let inputs = a.data.par_chunks(TASK).zip(b.data.par_chunks(TASK));
     out.data.par_chunks_mut(TASK).zip(inputs).for_each(|(out, (a, b))| {
-        Arch::new().dispatch(
+        vectorised(
             #[inline(always)]
             || out.iter_mut().zip(a).zip(b).for_each(|((out, a), b)| *out = a + b),
         );
@@ -25,7 +24,7 @@ pub fn add(a: &Images, b: &Images) -> Images {
 /// `to += from`.
 pub fn accumulate(to: &mut Images, from: &Images) {
     to.data.par_chunks_mut(TASK).zip(from.data.par_chunks(TASK)).for_each(|(to, from)| {
-        Arch::new().dispatch(
+        vectorised(
             #[inline(always)]
             || add_to(to, from),
         );
@@ -41,7 +40,7 @@ pub fn scale(x: &mut Images, factor: f32) {
 pub fn silu(x: &Images) -> Images {
     let mut y = x.copy();
     y.data.par_chunks_mut(TASK).for_each(|y| {
-        Arch::new().dispatch(
+        vectorised(
             #[inline(always)]
             || y.iter_mut().for_each(|y| *y *= sigmoid(*y)),
         );
@@ -52,7 +51,7 @@ pub fn silu(x: &Images) -> Images {
 /// Multiplies the gradient by the derivative of SiLU at `x`.
 pub fn silu_backward(x: &Images, gradient: &mut Images) {
     gradient.data.par_chunks_mut(TASK).zip(x.data.par_chunks(TASK)).for_each(|(gradient, x)| {
-        Arch::new().dispatch(
+        vectorised(
             #[inline(always)]
             || gradient.iter_mut().zip(x).for_each(|(gradient, x)| *gradient *= silu_slope(*x)),
         );
@@ -64,7 +63,7 @@ pub fn add_bias(x: &Images, bias: &Images) -> Images {
     let (mut out, pixel) = (x.like(), x.pixel());
     let inputs = x.data.par_chunks(x.group()).zip(bias.data.par_chunks(pixel));
     out.data.par_chunks_mut(x.group()).zip(inputs).for_each(|(out, (x, bias))| {
-        Arch::new().dispatch(
+        vectorised(
             #[inline(always)]
             || {
                 for (out, x) in out.chunks_exact_mut(pixel).zip(x.chunks_exact(pixel)) {
@@ -80,7 +79,7 @@ pub fn add_bias(x: &Images, bias: &Images) -> Images {
 pub fn sum_pixels(x: &Images) -> Images {
     let (mut out, pixel) = (Images::stale(x.n, x.c, 1, 1), x.pixel());
     out.data.par_chunks_mut(pixel).zip(x.data.par_chunks(x.group())).for_each(|(out, x)| {
-        Arch::new().dispatch(
+        vectorised(
             #[inline(always)]
             || {
                 out.fill(0.0);
@@ -110,11 +109,13 @@ pub fn concat(a: &Images, b: &Images) -> Images {
 pub fn narrow(x: &Images, first: usize, count: usize) -> Images {
     let mut out = Images::stale(x.n, count, x.h, x.w);
     let (pixel, start) = (out.pixel(), first * lanes());
-    out.data.par_chunks_mut(out.h * out.w * pixel).zip(x.data.par_chunks(x.group())).for_each(|(out, group)| {
-        for (out, x) in out.chunks_exact_mut(pixel).zip(group.chunks_exact(x.pixel())) {
-            out.copy_from_slice(&x[start..start + pixel]);
-        }
-    });
+    out.data.par_chunks_mut(out.h * out.w * pixel).zip(x.data.par_chunks(x.group())).for_each(
+        |(out, group)| {
+            for (out, x) in out.chunks_exact_mut(pixel).zip(group.chunks_exact(x.pixel())) {
+                out.copy_from_slice(&x[start..start + pixel]);
+            }
+        },
+    );
     out
 }
 
@@ -139,7 +140,7 @@ pub fn sum_squares(x: &Images) -> Images {
     let (mut out, pixel) = (Images::stale(x.n, x.c, x.h / 2, x.w / 2), x.pixel());
     let (w, group) = (out.w, out.group());
     out.data.par_chunks_mut(group).zip(x.data.par_chunks(x.group())).for_each(|(out, x)| {
-        Arch::new().dispatch(
+        vectorised(
             #[inline(always)]
             || {
                 for (row, rows) in out.chunks_exact_mut(w * pixel).zip(x.chunks_exact(4 * w * pixel)) {

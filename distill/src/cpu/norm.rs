@@ -1,11 +1,10 @@
 //! GroupNorm, with SiLU fused, and its gradients. Wu and He 2018 (arXiv:1803.08494).
 
 use dmd_core::net::GroupNorm;
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::images::Images;
-use super::simd::{add_to, lanes, sigmoid, silu_slope};
+use super::simd::{add_to, lanes, sigmoid, silu_slope, vectorised};
 
 /// Per channel and lane of a group of images: what the channel's values are normalised by.
 struct Statistics {
@@ -18,7 +17,7 @@ struct Statistics {
 pub fn forward(spec: &GroupNorm, x: &Images, weight: &[f32], bias: &[f32]) -> Images {
     let (mut y, pixel) = (x.like(), x.pixel());
     y.data.par_chunks_mut(x.group()).zip(x.data.par_chunks(x.group())).for_each(|(y, x)| {
-        Arch::new().dispatch(
+        vectorised(
             #[inline(always)]
             || {
                 let Statistics { mean, mut scale } = statistics(spec, x, pixel);
@@ -59,7 +58,7 @@ pub fn backward(
         .par_chunks_mut(x.group())
         .zip(x.data.par_chunks(x.group()))
         .map(|(gradient, x)| {
-            Arch::new().dispatch(
+            vectorised(
                 #[inline(always)]
                 || backward_group(spec, x, weight, bias, gradient, pixel),
             )
@@ -101,7 +100,8 @@ fn backward_group(
     }
     with_x.iter_mut().zip(&scale).for_each(|(v, scale)| *v *= scale);
     let count = x.len() as f32 / (spec.groups * lanes()) as f32;
-    let weighted = |sums: &[f32]| -> Vec<f32> { sums.iter().zip(&weight).map(|(v, w)| v * w / count).collect() };
+    let weighted =
+        |sums: &[f32]| -> Vec<f32> { sums.iter().zip(&weight).map(|(v, w)| v * w / count).collect() };
     let (mean_d, mean_dx) = (over_group(spec, &weighted(&total)), over_group(spec, &weighted(&with_x)));
     let factor: Vec<f32> = mean_dx.iter().zip(&scale).map(|(v, scale)| v * scale).collect();
     for (gradient, x) in gradient.chunks_exact_mut(pixel).zip(x.chunks_exact(pixel)) {

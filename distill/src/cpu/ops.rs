@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, bail};
 use dmd_core::net::{Conv2d, Embedding, GroupNorm, Linear, Ops, TimestepEmbedding};
 
 use super::images::Images;
@@ -49,8 +49,17 @@ pub fn apply(
     for (name, tensor) in parameters {
         places.insert(name.clone(), push(tensor)?);
     }
+    if flat.is_empty() {
+        flat.push(Tensor::zeros(1, DType::F32, &Device::Cpu)?); // a candle operation has an argument
+    }
     let train = parameters.values().any(Tensor::track_op);
-    let pass = Pass { inputs: shapes, places, train, network: Mutex::new(Some(Box::new(network))), record: Mutex::new(None) };
+    let pass = Pass {
+        inputs: shapes,
+        places,
+        train,
+        network: Mutex::new(Some(Box::new(network))),
+        record: Mutex::new(None),
+    };
     Ok(Tensor::cat(&flat, 0)?.apply_op1(pass)?)
 }
 
@@ -101,7 +110,8 @@ impl CustomOp1 for Pass {
         let (n, c, h, w) = y.dims4()?;
         let gradient = Images::from_nchw(&gradient.flatten_all()?.to_vec1::<f32>()?, [n, c, h, w]);
         let (storage, layout) = flat.storage_and_layout();
-        let (candle_core::Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets())
+        let (candle_core::Storage::Cpu(storage), Some((start, end))) =
+            (&*storage, layout.contiguous_offsets())
         else {
             bail!("the values are not in the CPU's memory")
         };
@@ -236,7 +246,11 @@ impl Ops for CpuOps<'_> {
         index.images.to_nchw(&mut rows);
         let rows: Vec<usize> = rows.iter().map(|row| *row as usize).collect();
         if let Some(row) = rows.iter().find(|row| **row >= spec.rows) {
-            return Err(dmd_core::Error::Request(format!("got class {row}, expected 0 to {}", spec.rows - 1)).into());
+            return Err(dmd_core::Error::Request(format!(
+                "got class {row}, expected 0 to {}",
+                spec.rows - 1
+            ))
+            .into());
         }
         let table = &self.flat[place.clone()];
         let values: Vec<f32> =

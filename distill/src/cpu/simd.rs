@@ -16,6 +16,20 @@ pub fn lanes() -> usize {
     Arch::new().dispatch(Lanes)
 }
 
+/// Runs plain loops with the processor's SIMD instructions; the closure must be `#[inline(always)]`.
+pub fn vectorised<R>(f: impl FnMut() -> R) -> R {
+    struct Loops<F>(F);
+    impl<R, F: FnMut() -> R> WithSimd for Loops<F> {
+        type Output = R;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(mut self, _: S) -> R {
+            (self.0)()
+        }
+    }
+    Arch::new().dispatch(Loops(f))
+}
+
 /// `to += from`.
 #[inline(always)]
 pub fn add_to(to: &mut [f32], from: &[f32]) {

@@ -97,7 +97,8 @@ fn gradients_stop_where_none_is_wanted() {
     let spec = Conv2d { in_channels: 2, out_channels: 2, kernel: 3, stride: 1, padding: [1; 4] };
     let (x, weight, bias) = (random(1, &[2, 2, 4, 4]), random(2, &[2, 2, 3, 3]), random(3, &[2]));
     let run = |x: &Tensor, weight: &Tensor| {
-        let named = BTreeMap::from([("l.weight".to_owned(), weight.clone()), ("l.bias".to_owned(), bias.detach())]);
+        let named =
+            BTreeMap::from([("l.weight".to_owned(), weight.clone()), ("l.bias".to_owned(), bias.detach())]);
         apply(std::slice::from_ref(x), &named, move |ops, x| ops.conv2d(&x[0], "l", spec)).unwrap()
     };
     let whole = run(&x, &weight).sum_all().unwrap().backward().unwrap();
@@ -119,7 +120,8 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
                 ("l.weight".to_owned(), weight.as_tensor().clone()),
                 ("l.bias".to_owned(), bias.as_tensor().clone()),
             ]);
-            let y = apply(&[x.as_tensor().clone()], &named, move |ops, x| ops.conv2d(&x[0], "l", spec)).unwrap();
+            let y =
+                apply(&[x.as_tensor().clone()], &named, move |ops, x| ops.conv2d(&x[0], "l", spec)).unwrap();
             let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
             [&x, &weight, &bias].map(|var| flat(grads.get(var).unwrap()))
         })

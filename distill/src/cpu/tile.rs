@@ -3,31 +3,46 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Output channels in a tile.
-pub const ROWS: usize = 4;
-/// Pixels in a tile, or kernel taps in a tile of weight gradients.
-const COLUMNS: usize = 3;
+/// Pixels in a tile.
+const PIXELS: usize = 2;
+/// Output channels in a tile of weight gradients.
+pub const CHANNELS: usize = 4;
+/// Kernel taps in a tile of weight gradients.
+const TAPS: usize = 3;
 
-/// A matrix `[rows, depth]`, stored in blocks of [`ROWS`] rows, depth by depth, then the rows that are left.
+/// A matrix `[rows, depth]`, stored in blocks of rows, and in each block depth by depth.
 pub struct Packed {
     rows: usize,
     depth: usize,
-    blocks: Vec<[f32; ROWS]>,
-    rest: Vec<[f32; 1]>,
+    data: Vec<f32>,
 }
 
 impl Packed {
     /// Packs `value(row, k)`.
     pub fn new(rows: usize, depth: usize, value: impl Fn(usize, usize) -> f32) -> Self {
-        let mut blocks = Vec::with_capacity(rows / ROWS * depth);
-        for first in (0..rows / ROWS * ROWS).step_by(ROWS) {
+        let mut data = Vec::with_capacity(rows * depth);
+        for (first, count) in blocks(rows) {
             for k in 0..depth {
-                blocks.push(std::array::from_fn(|i| value(first + i, k)));
+                data.extend((first..first + count).map(|row| value(row, k)));
             }
         }
-        let rest = (rows / ROWS * ROWS..rows).flat_map(|row| (0..depth).map(move |k| (row, k)));
-        Self { rows, depth, blocks, rest: rest.map(|(row, k)| [value(row, k)]).collect() }
+        Self { rows, depth, data }
     }
+}
+
+/// First row and size of the blocks of rows: 6, then 4, which keep the processor's registers full, then 1.
+fn blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut first = 0;
+    std::iter::from_fn(move || {
+        let size = match rows - first {
+            0 => return None,
+            1..=3 => 1,
+            4 | 5 | 8 => 4,
+            _ => 6,
+        };
+        first += size;
+        Some((first - size, size))
+    })
 }
 
 /// Consecutive vectors that an output pixel reads, from its own start on.
@@ -88,18 +103,9 @@ impl WithSimd for Multiply<'_> {
         let pixels = self.grid.rows * self.grid.columns;
         let (x, (out, _)) = (S::as_simd_f32s(self.x).0, S::as_mut_simd_f32s(self.out));
         let work = Pixels { a: self.a, segments: self.segments, bias: self.bias };
-        let mut pixel = 0;
-        while pixel < pixels {
-            if pixels < COLUMNS {
-                let at = |place| [self.grid.at(pixel, place)];
-                work.run::<S, 1>(simd, x, at(self.grid.from), at(self.grid.to), out);
-                pixel += 1;
-                continue;
-            }
-            let first = pixel.min(pixels - COLUMNS);
-            let at = |place| std::array::from_fn(|i| self.grid.at(first + i, place));
-            work.run::<S, COLUMNS>(simd, x, at(self.grid.from), at(self.grid.to), out);
-            pixel += COLUMNS;
+        for first in (0..pixels).step_by(PIXELS) {
+            let at = |place| std::array::from_fn(|i| self.grid.at((first + i).min(pixels - 1), place));
+            work.run(simd, x, at(self.grid.from), at(self.grid.to), out);
         }
     }
 }
@@ -111,63 +117,52 @@ struct Pixels<'a> {
 }
 
 impl Pixels<'_> {
-    /// All output channels of `P` pixels.
+    /// All output channels of some pixels.
     #[inline(always)]
-    fn run<S: Simd, const P: usize>(
+    fn run<S: Simd>(
         &self,
         simd: S,
         x: &[S::f32s],
-        from: [usize; P],
-        to: [usize; P],
+        from: [usize; PIXELS],
+        to: [usize; PIXELS],
         out: &mut [S::f32s],
     ) {
-        let depth = self.a.depth;
-        for row in (0..self.a.rows / ROWS * ROWS).step_by(ROWS) {
-            let weights = &self.a.blocks[row / ROWS * depth..][..depth];
-            self.tile(simd, x, from, to, row, weights, out);
-        }
-        let first = self.a.rows / ROWS * ROWS;
-        for row in first..self.a.rows {
-            let weights = &self.a.rest[(row - first) * depth..][..depth];
-            self.tile(simd, x, from, to, row, weights, out);
+        for (row, count) in blocks(self.a.rows) {
+            match count {
+                6 => self.tile::<S, 6>(simd, x, from, to, row, out),
+                4 => self.tile::<S, 4>(simd, x, from, to, row, out),
+                _ => self.tile::<S, 1>(simd, x, from, to, row, out),
+            }
         }
     }
 
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "one place to keep the tile in registers")]
-    fn tile<S: Simd, const P: usize, const R: usize>(
+    fn tile<S: Simd, const R: usize>(
         &self,
         simd: S,
         x: &[S::f32s],
-        from: [usize; P],
-        to: [usize; P],
+        from: [usize; PIXELS],
+        to: [usize; PIXELS],
         row: usize,
-        mut weights: &[[f32; R]],
         out: &mut [S::f32s],
     ) {
-        let mut tile = [[simd.splat_f32s(0.0); P]; R];
+        let depth = self.a.depth;
+        let (mut weights, _) = self.a.data[row * depth..(row + R) * depth].as_chunks::<R>();
+        let mut tile = [[simd.splat_f32s(0.0); PIXELS]; R];
         if let Some(bias) = self.bias {
             for (tile, bias) in tile.iter_mut().zip(&bias[row..row + R]) {
-                *tile = [simd.splat_f32s(*bias); P];
+                *tile = [simd.splat_f32s(*bias); PIXELS];
             }
         }
         for segment in self.segments {
             let (now, later) = weights.split_at(segment.len);
             weights = later;
-            let mut inputs = [&x[..0]; P];
-            for (input, from) in inputs.iter_mut().zip(from) {
-                *input = &x[from + segment.start..][..now.len()];
-            }
-            for (k, weights) in now.iter().enumerate() {
-                let mut values = [simd.splat_f32s(0.0); P];
-                for (value, input) in values.iter_mut().zip(inputs) {
-                    *value = input[k];
-                }
+            let [first, second] = from.map(|from| &x[from + segment.start..][..segment.len]);
+            for ((weights, first), second) in now.iter().zip(first).zip(second) {
                 for (tile, weight) in tile.iter_mut().zip(weights) {
                     let weight = simd.splat_f32s(*weight);
-                    for (sum, value) in tile.iter_mut().zip(values) {
-                        *sum = simd.mul_add_e_f32s(weight, value, *sum);
-                    }
+                    tile[0] = simd.mul_add_e_f32s(weight, *first, tile[0]);
+                    tile[1] = simd.mul_add_e_f32s(weight, *second, tile[1]);
                 }
             }
         }
@@ -234,10 +229,10 @@ impl WithSimd for Correlate<'_> {
         let work = Taps { gradient, x, rows: self.rows, depth };
         let mut first = 0;
         for segment in self.segments {
-            for (i, channel) in self.channels.clone().enumerate().step_by(ROWS) {
+            for (i, channel) in self.channels.clone().enumerate().step_by(CHANNELS) {
                 let sum = &mut sum[i * depth + first..];
-                if self.channels.end - channel >= ROWS {
-                    work.run::<S, ROWS>(simd, channel, *segment, sum);
+                if self.channels.end - channel >= CHANNELS {
+                    work.run::<S, CHANNELS>(simd, channel, *segment, sum);
                 } else {
                     for (row, channel) in (channel..self.channels.end).enumerate() {
                         work.run::<S, 1>(simd, channel, *segment, &mut sum[row * depth..]);
@@ -258,11 +253,17 @@ struct Taps<'a, V> {
 
 impl<V: Copy> Taps<'_, V> {
     #[inline(always)]
-    fn run<S: Simd<f32s = V>, const R: usize>(&self, simd: S, channel: usize, segment: Segment, sum: &mut [V]) {
+    fn run<S: Simd<f32s = V>, const R: usize>(
+        &self,
+        simd: S,
+        channel: usize,
+        segment: Segment,
+        sum: &mut [V],
+    ) {
         let mut k = 0;
-        while k + COLUMNS <= segment.len {
-            self.tile::<S, R, COLUMNS>(simd, channel, segment.start + k, &mut sum[k..]);
-            k += COLUMNS;
+        while k + TAPS <= segment.len {
+            self.tile::<S, R, TAPS>(simd, channel, segment.start + k, &mut sum[k..]);
+            k += TAPS;
         }
         while k < segment.len {
             self.tile::<S, R, 1>(simd, channel, segment.start + k, &mut sum[k..]);
@@ -282,21 +283,45 @@ impl<V: Copy> Taps<'_, V> {
         for (r, tile) in tile.iter_mut().enumerate() {
             tile.copy_from_slice(&sum[r * self.depth..][..T]);
         }
+        let [gradient_step, input_step] = [self.rows.gradient_step, self.rows.input_step];
         for row in self.rows.rows {
-            let (mut gradient_at, mut x_at) = (row.gradient + channel, row.input + tap);
-            for _ in 0..self.rows.columns {
-                let (gradient, x) = (&self.gradient[gradient_at..][..R], &self.x[x_at..][..T]);
-                gradient_at += self.rows.gradient_step;
-                x_at += self.rows.input_step;
-                for (tile, gradient) in tile.iter_mut().zip(gradient) {
-                    for (sum, x) in tile.iter_mut().zip(x) {
-                        *sum = simd.mul_add_e_f32s(*gradient, *x, *sum);
-                    }
+            let (gradient, x) = (&self.gradient[row.gradient + channel..], &self.x[row.input + tap..]);
+            if gradient_step >= R && input_step >= T {
+                let before = self.rows.columns - 1;
+                let pixels = gradient[..before * gradient_step].chunks_exact(gradient_step);
+                for (gradient, x) in pixels.zip(x[..before * input_step].chunks_exact(input_step)) {
+                    accumulate(simd, &mut tile, &gradient[..R], &x[..T]);
+                }
+                accumulate(
+                    simd,
+                    &mut tile,
+                    &gradient[before * gradient_step..][..R],
+                    &x[before * input_step..][..T],
+                );
+            } else {
+                for column in 0..self.rows.columns {
+                    let (gradient, x) = (&gradient[column * gradient_step..], &x[column * input_step..]);
+                    accumulate(simd, &mut tile, &gradient[..R], &x[..T]);
                 }
             }
         }
         for (r, tile) in tile.iter().enumerate() {
             sum[r * self.depth..][..T].copy_from_slice(tile);
+        }
+    }
+}
+
+/// `tile[r][t] += gradient[r]·x[t]`.
+#[inline(always)]
+fn accumulate<S: Simd, const R: usize, const T: usize>(
+    simd: S,
+    tile: &mut [[S::f32s; T]; R],
+    gradient: &[S::f32s],
+    x: &[S::f32s],
+) {
+    for (tile, gradient) in tile.iter_mut().zip(gradient) {
+        for (sum, x) in tile.iter_mut().zip(x) {
+            *sum = simd.mul_add_e_f32s(*gradient, *x, *sum);
         }
     }
 }
