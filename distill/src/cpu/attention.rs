@@ -1,63 +1,56 @@
 //! Attention among the pixels of an image, lane by lane, with its gradients.
 //! Vaswani et al. 2017 (arXiv:1706.03762), Eq. 1, softmax composed so that its gradient is exact.
 
-use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::images::Images;
 use super::memory::Buffer;
 use super::simd::{add_to, exp, lanes, vectorised};
+use super::tile::{Matrix, Sums};
+
+/// Rows of a product that are made at a time, so that they stay in the second cache.
+const ROWS: usize = 48;
 
 /// A matrix of vectors: element `(i, j)` is vector `first + i·row + j·column`.
 #[derive(Clone, Copy)]
-struct Matrix<'a> {
+struct Operand<'a> {
     data: &'a [f32],
     first: usize,
     row: usize,
     column: usize,
 }
 
-impl Matrix<'_> {
+impl<'a> Operand<'a> {
     fn transposed(self) -> Self {
         Self { row: self.column, column: self.row, ..self }
     }
+
+    /// From row `i` on.
+    fn from_row(self, i: usize) -> Self {
+        Self { first: self.first + i * self.row, ..self }
+    }
+
+    /// As sums see it: what they run over comes first.
+    fn summed_over_rows(self) -> Matrix<'a> {
+        Matrix { data: self.data, place: [self.first, 0, self.row, self.column] }
+    }
 }
 
-/// `out[i][j] (+)= factor·Σ_k a[i][k]·b[k][j]`, lane by lane; `out` is a window of `rows` rows at distance `pitch`.
-struct Product<'a> {
-    a: Matrix<'a>,
-    b: Matrix<'a>,
-    size: [usize; 3],
-    factor: f32,
-    out: &'a mut [f32],
+/// A window of a matrix of vectors that is written, with `pitch` vectors from one row to the next.
+struct Window<'a> {
+    data: &'a mut [f32],
     first: usize,
     pitch: usize,
 }
 
-impl WithSimd for Product<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (a, b) = (S::as_simd_f32s(self.a.data).0, S::as_simd_f32s(self.b.data).0);
-        let (out, _) = S::as_mut_simd_f32s(self.out);
-        let [rows, depth, columns] = self.size;
-        let factor = simd.splat_f32s(self.factor);
-        for i in 0..rows {
-            for first in (0..columns).step_by(4) {
-                let mut sums = [simd.splat_f32s(0.0); 4];
-                let starts: [usize; 4] =
-                    std::array::from_fn(|j| self.b.first + (first + j).min(columns - 1) * self.b.column);
-                for k in 0..depth {
-                    let a = a[self.a.first + i * self.a.row + k * self.a.column];
-                    for (sum, start) in sums.iter_mut().zip(starts) {
-                        *sum = simd.mul_add_e_f32s(a, b[start + k * self.b.row], *sum);
-                    }
-                }
-                let row = &mut out[self.first + i * self.pitch + first..][..(columns - first).min(4)];
-                row.iter_mut().zip(sums).for_each(|(out, sum)| *out = simd.mul_f32s(sum, factor));
-            }
-        }
+/// `out[i][j] = factor·Σ_k a[i][k]·b[k][j]`, lane by lane; `size` is that of `i`, `k` and `j`.
+fn product(a: Operand, b: Operand, size: [usize; 3], factor: f32, out: Window) {
+    let [rows, depth, columns] = size;
+    for i in (0..rows).step_by(ROWS) {
+        let mut sums = Sums::new((rows - i).min(ROWS), columns);
+        let a = a.from_row(i).transposed();
+        sums.correlate(a.summed_over_rows(), b.summed_over_rows(), [1, depth]);
+        sums.store(factor, out.data, out.first + i * out.pitch, out.pitch);
     }
 }
 
@@ -71,31 +64,36 @@ struct Head {
 
 impl Head {
     /// Pixels by channels of this head.
-    fn of<'a>(&self, data: &'a [f32]) -> Matrix<'a> {
-        Matrix { data, first: self.at, row: self.channels, column: 1 }
+    fn of<'a>(&self, data: &'a [f32]) -> Operand<'a> {
+        Operand { data, first: self.at, row: self.channels, column: 1 }
     }
 
     /// Pixels by pixels.
-    fn square<'a>(&self, data: &'a [f32]) -> Matrix<'a> {
-        Matrix { data, first: 0, row: self.pixels, column: 1 }
+    fn square<'a>(&self, data: &'a [f32]) -> Operand<'a> {
+        Operand { data, first: 0, row: self.pixels, column: 1 }
     }
 
     fn scale(&self) -> f32 {
         (self.size as f32).powf(-0.5)
     }
 
+    /// Writes `a·bᵀ`, pixels by pixels; both are pixels by channels of this head.
+    fn scores(&self, a: &[f32], b: &[f32], factor: f32, out: &mut [f32]) {
+        let out = Window { data: out, first: 0, pitch: self.pixels };
+        let size = [self.pixels, self.size, self.pixels];
+        product(self.of(a), self.of(b).transposed(), size, factor, out);
+    }
+
     /// `softmax(q·kᵀ·scale)`.
     fn weights(&self, q: &[f32], k: &[f32], out: &mut [f32]) {
-        let size = [self.pixels, self.size, self.pixels];
-        let (a, b) = (self.of(q), self.of(k).transposed());
-        Arch::new().dispatch(Product { a, b, size, factor: self.scale(), out, first: 0, pitch: self.pixels });
+        self.scores(q, k, self.scale(), out);
         softmax(out, self.pixels);
     }
 
-    /// Writes `a·b`, pixels by channels of this head.
-    fn product(&self, a: Matrix, b: Matrix, factor: f32, out: &mut [f32]) {
-        let size = [self.pixels, self.pixels, self.size];
-        Arch::new().dispatch(Product { a, b, size, factor, out, first: self.at, pitch: self.channels });
+    /// Writes `a·b`, pixels by channels of this head; `a` is pixels by pixels.
+    fn mix(&self, a: Operand, b: &[f32], factor: f32, out: &mut [f32]) {
+        let out = Window { data: out, first: self.at, pitch: self.channels };
+        product(a, self.of(b), [self.pixels, self.pixels, self.size], factor, out);
     }
 }
 
@@ -157,7 +155,7 @@ pub fn forward(q: &Images, k: &Images, v: &Images, count: usize) -> Images {
         let mut weights = Buffer::stale(q.h * q.w * q.h * q.w * lanes());
         for head in heads(q, count) {
             head.weights(q_data, k, &mut weights);
-            head.product(head.square(&weights), head.of(v), 1.0, out);
+            head.mix(head.square(&weights), v, 1.0, out);
         }
     });
     out
@@ -177,14 +175,11 @@ pub fn backward(q: &Images, k: &Images, v: &Images, count: usize, gradient: &Ima
         let (mut weights, mut scores) = (Buffer::stale(square), Buffer::stale(square));
         for head in heads(q, count) {
             head.weights(q_data, k, &mut weights);
-            head.product(head.square(&weights).transposed(), head.of(gradient), 1.0, dv);
-            let size = [head.pixels, head.size, head.pixels];
-            let (a, b) = (head.of(gradient), head.of(v).transposed());
-            let out = &mut scores[..];
-            Arch::new().dispatch(Product { a, b, size, factor: 1.0, out, first: 0, pitch: head.pixels });
+            head.mix(head.square(&weights).transposed(), gradient, 1.0, dv);
+            head.scores(gradient, v, 1.0, &mut scores);
             softmax_backward(&weights, &mut scores, head.pixels);
-            head.product(head.square(&scores), head.of(k), head.scale(), dq);
-            head.product(head.square(&scores).transposed(), head.of(q_data), head.scale(), dk);
+            head.mix(head.square(&scores), k, head.scale(), dq);
+            head.mix(head.square(&scores).transposed(), q_data, head.scale(), dk);
         }
     });
     out

@@ -13,12 +13,13 @@ use rayon::prelude::*;
 use super::images::Images;
 use super::memory::Buffer;
 use super::simd::{add_to, lanes, vectorised};
-use super::tile::{self, CHANNELS, Grid, Packed, Row, Rows, Segment};
+use super::tile::{self, Grid, Matrix, Packed, Segment, Sums};
 
 /// Groups of images per partial sum of a weight gradient.
 const SUM_GROUPS: usize = 4;
-/// Pixels that a tile of weight gradients sums up before it is written back.
-const SUM_PIXELS: usize = 64;
+/// Output channels and kernel taps whose sums a task of a weight gradient makes: they fit the second cache.
+const SUM_CHANNELS: usize = 48;
+const SUM_TAPS: usize = 288;
 
 /// One run of kernel taps: the input pixels at row `dy` and columns `dx..dx + columns`, relative to the output pixel.
 #[derive(Clone, Copy, Debug)]
@@ -250,38 +251,37 @@ impl Gather {
         let ([inputs, outputs], lanes) = (self.channels, lanes());
         let runs = &self.phases[0].runs;
         let depth = runs.iter().map(|run| run.columns * inputs).sum::<usize>();
-        let mut sums = Vec::with_capacity(outputs * depth);
-        let tiles: Vec<Vec<f32>> = (0..outputs.div_ceil(2 * CHANNELS))
+        let mut tasks = Vec::new();
+        for first in (0..outputs).step_by(SUM_CHANNELS) {
+            for (at, run) in runs.iter().enumerate() {
+                let width = run.columns * inputs;
+                tasks.extend((0..width).step_by(SUM_TAPS).map(|tap| (first, run, at * width, tap)));
+            }
+        }
+        let done: Vec<(usize, usize, usize, Vec<f32>)> = tasks
             .into_par_iter()
-            .map(|tile| {
-                let channels = tile * 2 * CHANNELS..(tile * 2 * CHANNELS + 2 * CHANNELS).min(outputs);
-                let mut vectors = Buffer::zeros(channels.len() * depth * lanes);
+            .map(|(first, run, start, tap)| {
+                let channels = (outputs - first).min(SUM_CHANNELS);
+                let taps = (run.columns * inputs - tap).min(SUM_TAPS);
+                let mut sums = Sums::new(channels, taps);
                 for (x, gradient) in x.iter().zip(gradients.chunks_exact(shape.group())) {
                     let pitch = x.pitch / lanes;
-                    let segments: Vec<Segment> = runs
-                        .iter()
-                        .map(|run| Segment {
-                            start: (run.dy - x.top) as usize * pitch + (run.dx - x.left) as usize * inputs,
-                            len: run.columns * inputs,
-                        })
-                        .collect();
-                    let rows: Vec<Row> = (0..shape.h)
-                        .map(|y| Row { gradient: y * shape.w * outputs, input: y * self.stride * pitch })
-                        .collect();
-                    for rows in rows.chunks((SUM_PIXELS / shape.w).max(1)) {
-                        let rows = Rows {
-                            rows,
-                            columns: shape.w,
-                            gradient_step: outputs,
-                            input_step: self.stride * inputs,
-                        };
-                        tile::correlate(gradient, &x.data, channels.clone(), &segments, rows, &mut vectors);
-                    }
+                    let origin = (run.dy - x.top) as usize * pitch + (run.dx - x.left) as usize * inputs;
+                    let place = [origin + tap, self.stride * pitch, self.stride * inputs, 1];
+                    let x = Matrix { data: &x.data, place };
+                    let place = [first, shape.w * outputs, outputs, 1];
+                    let gradient = Matrix { data: gradient, place };
+                    sums.correlate(gradient, x, [shape.h, shape.w]);
                 }
-                vectors.chunks_exact(lanes).map(|v| v.iter().sum()).collect()
+                (first, start + tap, taps, sums.total())
             })
             .collect();
-        tiles.iter().for_each(|tile| sums.extend_from_slice(tile));
+        let mut sums = vec![0.0; outputs * depth];
+        for (first, start, taps, values) in done {
+            for (i, row) in values.chunks_exact(taps).enumerate() {
+                sums[(first + i) * depth + start..][..taps].copy_from_slice(row);
+            }
+        }
         let mut bias = vec![0.0; outputs * lanes];
         vectorised(
             #[inline(always)]

@@ -3,12 +3,19 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
+use super::memory::Buffer;
+use super::simd::lanes;
+
 /// Pixels in a tile.
 const PIXELS: usize = 2;
-/// Output channels in a tile of weight gradients.
-pub const CHANNELS: usize = 4;
-/// Kernel taps in a tile of weight gradients.
+/// Channels in a tile of sums.
+const CHANNELS: usize = 4;
+/// Kernel taps in a tile of sums.
 const TAPS: usize = 3;
+/// Pixels that are packed at a time for sums: with [`SUM_TILES`] they fit the first cache.
+const SUM_PIXELS: usize = 64;
+/// Tiles of taps that are packed at a time for sums.
+const SUM_TILES: usize = 2;
 
 /// A matrix `[rows, depth]`, stored in blocks of rows, and in each block depth by depth.
 pub struct Packed {
@@ -174,48 +181,88 @@ impl Pixels<'_> {
     }
 }
 
-/// Pixels of one row: where its gradient and the input that belongs to it start, in vectors.
-#[derive(Clone, Copy, Debug)]
-pub struct Row {
-    /// Gradient of the output.
-    pub gradient: usize,
-    /// Input.
-    pub input: usize,
+/// A product of two matrices of vectors, vector by vector: sums over pixels of the products of every gradient channel
+/// with every kernel tap.
+pub struct Sums {
+    channels: usize,
+    taps: usize,
+    /// Tile by tile: `[channels / CHANNELS, taps / TAPS, CHANNELS, TAPS]` vectors.
+    data: Buffer,
 }
 
-/// Rows of pixels and the steps from one pixel to the next, in vectors.
+/// A matrix `[pixels, channels]` of vectors.
 #[derive(Clone, Copy)]
-pub struct Rows<'a> {
-    /// The rows.
-    pub rows: &'a [Row],
-    /// Pixels per row.
-    pub columns: usize,
-    /// Step in the gradient.
-    pub gradient_step: usize,
-    /// Step in the input.
-    pub input_step: usize,
+pub struct Matrix<'a> {
+    /// Where the vectors are.
+    pub data: &'a [f32],
+    /// First vector, step to the next row of pixels, to the next pixel and to the next channel, in vectors.
+    pub place: [usize; 4],
 }
 
-/// `sum[r][k] += Σ_p gradient[p][r]·x[p][k]`, vector by vector, for the channels `r` of `channels` and the taps `k`
-/// of `segments`; `sum` is `[channels, taps]`.
-pub fn correlate(
-    gradient: &[f32],
-    x: &[f32],
-    channels: std::ops::Range<usize>,
-    segments: &[Segment],
-    rows: Rows,
-    sum: &mut [f32],
-) {
-    Arch::new().dispatch(Correlate { gradient, x, channels, segments, rows, sum });
+impl Matrix<'_> {
+    fn at(&self, pixel: usize, columns: usize) -> usize {
+        self.place[0] + pixel / columns * self.place[1] + pixel % columns * self.place[2]
+    }
+}
+
+impl Sums {
+    /// Zeros for `channels` channels and `taps` taps.
+    pub fn new(channels: usize, taps: usize) -> Self {
+        let tiles = channels.div_ceil(CHANNELS) * taps.div_ceil(TAPS);
+        Self { channels, taps, data: Buffer::zeros(tiles * CHANNELS * TAPS * lanes()) }
+    }
+
+    /// `sum[r][k] += Σ_p gradient[p][r]·x[p][k]` over `rows` rows of `columns` pixels.
+    pub fn correlate(&mut self, gradient: Matrix, x: Matrix, [rows, columns]: [usize; 2]) {
+        let (channels, taps) = (self.channels.div_ceil(CHANNELS), self.taps.div_ceil(TAPS).min(SUM_TILES));
+        let packed_gradient = &mut Buffer::zeros(channels * CHANNELS * SUM_PIXELS * lanes());
+        let packed_x = &mut Buffer::zeros(taps * TAPS * SUM_PIXELS * lanes());
+        let pixels = rows * columns;
+        Arch::new().dispatch(Correlate {
+            sums: self,
+            gradient,
+            x,
+            pixels,
+            columns,
+            packed_gradient,
+            packed_x,
+        });
+    }
+
+    /// `out[first + r·pitch + k] = factor·sum[r][k]`, vector by vector.
+    pub fn store(&self, factor: f32, out: &mut [f32], first: usize, pitch: usize) {
+        let (lanes, tiles) = (lanes(), self.taps.div_ceil(TAPS));
+        for (i, row) in self.data.chunks_exact(TAPS * lanes).enumerate() {
+            let (tile, channel) = (i / CHANNELS, i % CHANNELS);
+            let (r, k) = (tile / tiles * CHANNELS + channel, tile % tiles * TAPS);
+            if r < self.channels {
+                let width = (self.taps - k).min(TAPS);
+                let out = &mut out[(first + r * pitch + k) * lanes..][..width * lanes];
+                out.iter_mut().zip(row).for_each(|(out, sum)| *out = factor * sum);
+            }
+        }
+    }
+
+    /// All sums over images too, `[channels, taps]`.
+    pub fn total(&self) -> Vec<f32> {
+        let (lanes, tiles) = (lanes(), self.taps.div_ceil(TAPS));
+        let sum = |channel: usize, tap: usize| -> f32 {
+            let tile = channel / CHANNELS * tiles + tap / TAPS;
+            let vector = (tile * CHANNELS + channel % CHANNELS) * TAPS + tap % TAPS;
+            self.data[vector * lanes..][..lanes].iter().sum()
+        };
+        (0..self.channels * self.taps).map(|i| sum(i / self.taps, i % self.taps)).collect()
+    }
 }
 
 struct Correlate<'a> {
-    gradient: &'a [f32],
-    x: &'a [f32],
-    channels: std::ops::Range<usize>,
-    segments: &'a [Segment],
-    rows: Rows<'a>,
-    sum: &'a mut [f32],
+    sums: &'a mut Sums,
+    gradient: Matrix<'a>,
+    x: Matrix<'a>,
+    pixels: usize,
+    columns: usize,
+    packed_gradient: &'a mut [f32],
+    packed_x: &'a mut [f32],
 }
 
 impl WithSimd for Correlate<'_> {
@@ -223,105 +270,76 @@ impl WithSimd for Correlate<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let (gradient, x) = (S::as_simd_f32s(self.gradient).0, S::as_simd_f32s(self.x).0);
-        let (sum, _) = S::as_mut_simd_f32s(self.sum);
-        let depth: usize = self.segments.iter().map(|s| s.len).sum();
-        let work = Taps { gradient, x, rows: self.rows, depth };
-        let mut first = 0;
-        for segment in self.segments {
-            for (i, channel) in self.channels.clone().enumerate().step_by(CHANNELS) {
-                let sum = &mut sum[i * depth + first..];
-                if self.channels.end - channel >= CHANNELS {
-                    work.run::<S, CHANNELS>(simd, channel, *segment, sum);
-                } else {
-                    for (row, channel) in (channel..self.channels.end).enumerate() {
-                        work.run::<S, 1>(simd, channel, *segment, &mut sum[row * depth..]);
+        let (gradient, x) = (S::as_simd_f32s(self.gradient.data).0, S::as_simd_f32s(self.x.data).0);
+        let packed_gradient = S::as_mut_simd_f32s(self.packed_gradient).0.as_chunks_mut::<CHANNELS>().0;
+        let packed_x = S::as_mut_simd_f32s(self.packed_x).0.as_chunks_mut::<TAPS>().0;
+        let (channels, taps) = (self.sums.channels, self.sums.taps);
+        let (rows, _) = S::as_mut_simd_f32s(&mut self.sums.data).0.as_chunks_mut::<TAPS>();
+        let (tiles, _) = rows.as_chunks_mut::<CHANNELS>();
+        for first in (0..self.pixels).step_by(SUM_PIXELS) {
+            let pixels = first..self.pixels.min(first + SUM_PIXELS);
+            let count = pixels.len();
+            let from = pixels.clone().map(|pixel| self.gradient.at(pixel, self.columns));
+            pack(gradient, from, channels, self.gradient.place[3], packed_gradient);
+            for tap in (0..taps).step_by(TAPS * SUM_TILES) {
+                let width = (taps - tap).min(TAPS * SUM_TILES);
+                let step = self.x.place[3];
+                let from = pixels.clone().map(|pixel| self.x.at(pixel, self.columns) + tap * step);
+                pack(x, from, width, step, packed_x);
+                for (row, gradient) in
+                    tiles.chunks_exact_mut(taps.div_ceil(TAPS)).zip(packed_gradient.chunks_exact(count))
+                {
+                    for (tile, x) in row[tap / TAPS..].iter_mut().zip(packed_x.chunks_exact(count)) {
+                        correlate_tile(simd, tile, gradient, x);
                     }
                 }
             }
-            first += segment.len;
         }
     }
 }
 
-struct Taps<'a, V> {
-    gradient: &'a [V],
-    x: &'a [V],
-    rows: Rows<'a>,
-    depth: usize,
-}
-
-impl<V: Copy> Taps<'_, V> {
-    #[inline(always)]
-    fn run<S: Simd<f32s = V>, const R: usize>(
-        &self,
-        simd: S,
-        channel: usize,
-        segment: Segment,
-        sum: &mut [V],
-    ) {
-        let mut k = 0;
-        while k + TAPS <= segment.len {
-            self.tile::<S, R, TAPS>(simd, channel, segment.start + k, &mut sum[k..]);
-            k += TAPS;
-        }
-        while k < segment.len {
-            self.tile::<S, R, 1>(simd, channel, segment.start + k, &mut sum[k..]);
-            k += 1;
-        }
-    }
-
-    #[inline(always)]
-    fn tile<S: Simd<f32s = V>, const R: usize, const T: usize>(
-        &self,
-        simd: S,
-        channel: usize,
-        tap: usize,
-        sum: &mut [V],
-    ) {
-        let mut tile = [[simd.splat_f32s(0.0); T]; R];
-        for (r, tile) in tile.iter_mut().enumerate() {
-            tile.copy_from_slice(&sum[r * self.depth..][..T]);
-        }
-        let [gradient_step, input_step] = [self.rows.gradient_step, self.rows.input_step];
-        for row in self.rows.rows {
-            let (gradient, x) = (&self.gradient[row.gradient + channel..], &self.x[row.input + tap..]);
-            if gradient_step >= R && input_step >= T {
-                let before = self.rows.columns - 1;
-                let pixels = gradient[..before * gradient_step].chunks_exact(gradient_step);
-                for (gradient, x) in pixels.zip(x[..before * input_step].chunks_exact(input_step)) {
-                    accumulate(simd, &mut tile, &gradient[..R], &x[..T]);
-                }
-                accumulate(
-                    simd,
-                    &mut tile,
-                    &gradient[before * gradient_step..][..R],
-                    &x[before * input_step..][..T],
-                );
-            } else {
-                for column in 0..self.rows.columns {
-                    let (gradient, x) = (&gradient[column * gradient_step..], &x[column * input_step..]);
-                    accumulate(simd, &mut tile, &gradient[..R], &x[..T]);
-                }
+/// Copies `width` vectors per pixel, at distance `step`, into blocks of `B`, and in each block pixel by pixel.
+#[inline(always)]
+fn pack<V: Copy, const B: usize>(
+    x: &[V],
+    from: impl ExactSizeIterator<Item = usize>,
+    width: usize,
+    step: usize,
+    out: &mut [[V; B]],
+) {
+    let pixels = from.len();
+    for (pixel, from) in from.enumerate() {
+        if step == 1 {
+            let (whole, rest) = x[from..][..width].as_chunks::<B>();
+            for (block, vectors) in whole.iter().enumerate() {
+                out[block * pixels + pixel] = *vectors;
+            }
+            if !rest.is_empty() {
+                out[whole.len() * pixels + pixel][..rest.len()].copy_from_slice(rest);
+            }
+        } else {
+            for i in 0..width {
+                out[i / B * pixels + pixel][i % B] = x[from + i * step];
             }
         }
-        for (r, tile) in tile.iter().enumerate() {
-            sum[r * self.depth..][..T].copy_from_slice(tile);
-        }
     }
 }
 
-/// `tile[r][t] += gradient[r]·x[t]`.
+/// `tile[r][t] += Σ_p gradient[p][r]·x[p][t]`.
 #[inline(always)]
-fn accumulate<S: Simd, const R: usize, const T: usize>(
+fn correlate_tile<S: Simd>(
     simd: S,
-    tile: &mut [[S::f32s; T]; R],
-    gradient: &[S::f32s],
-    x: &[S::f32s],
+    tile: &mut [[S::f32s; TAPS]; CHANNELS],
+    gradient: &[[S::f32s; CHANNELS]],
+    x: &[[S::f32s; TAPS]],
 ) {
-    for (tile, gradient) in tile.iter_mut().zip(gradient) {
-        for (sum, x) in tile.iter_mut().zip(x) {
-            *sum = simd.mul_add_e_f32s(*gradient, *x, *sum);
+    let mut sums = *tile;
+    for (gradient, x) in gradient.iter().zip(x) {
+        for (row, gradient) in sums.iter_mut().zip(gradient) {
+            for (sum, x) in row.iter_mut().zip(x) {
+                *sum = simd.mul_add_e_f32s(*gradient, *x, *sum);
+            }
         }
     }
+    *tile = sums;
 }
