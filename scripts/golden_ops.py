@@ -195,6 +195,89 @@ def affine():
     )
 
 
+def transposed(batch, channels, size, kernel, stride, padding):
+    """conv_transpose2d; its weight is [in, out, kernel, kernel]."""
+    (c_in, c_out), (h, w) = channels, size
+    case = f"conv_transpose2d_{c_in}to{c_out}_{h}x{w}_n{batch}_k{kernel}s{stride}p{padding}"
+    numbers = numbers_of(case)
+    inputs = {
+        "x": numbers.normal(batch, c_in, h, w),
+        "weight": numbers.normal(c_in, c_out, kernel, kernel),
+        "bias": numbers.normal(c_out),
+    }
+    description = {"op": "conv_transpose2d", "kernel": kernel, "stride": stride, "padding": padding}
+    record(case, description, inputs, lambda x, weight, bias: F.conv_transpose2d(x, weight, bias, stride, padding))
+
+
+def transposed_convolutions():
+    """Kernel and stride 2 and 7, kernel 4 with stride 2, and odd sizes."""
+    transposed(2, (5, 3), (3, 4), 2, 2, 0)
+    transposed(3, (16, 9), (7, 7), 2, 2, 0)
+    transposed(2, (6, 7), (1, 1), 7, 7, 0)
+    transposed(2, (8, 8), (5, 3), 4, 2, 1)
+    transposed(9, (3, 5), (4, 4), 3, 2, 1)
+    transposed(2, (4, 6), (5, 5), 3, 1, 1)
+
+
+def batch_norm(channels, size):
+    """Fixed statistics, as a model in evaluation mode has them."""
+    case = f"batch_norm_c{channels}_{size[0]}x{size[1]}"
+    numbers = numbers_of(case)
+    mean, variance = numbers.normal(channels), numbers.normal(channels) ** 2 + 0.1
+    TENSORS[f"{case}.running_mean"], TENSORS[f"{case}.running_var"] = mean, variance
+    inputs = {
+        "x": numbers.normal(3, channels, *size),
+        "weight": numbers.normal(channels),
+        "bias": numbers.normal(channels),
+    }
+    # As the file keeps them in f32, the reference takes them from there.
+    mean, variance = mean.float().double(), variance.float().double()
+    record(
+        case,
+        {"op": "batch_norm", "eps": 1e-5},
+        inputs,
+        lambda x, weight, bias: F.batch_norm(x, mean, variance, weight, bias, False, 0.1, 1e-5),
+    )
+
+
+def pools_and_activations():
+    """Sizes that do not divide, equal values, exact zeros, inputs used twice."""
+    numbers = numbers_of("pools")
+    for h, w, size in ((4, 4, 2), (7, 5, 2), (7, 7, 7), (9, 6, 3)):
+        x = numbers.normal(3, 5, h, w)
+        pools = {"max": lambda x, k=size: F.max_pool2d(x, k), "average": lambda x, k=size: F.avg_pool2d(x, k)}
+        for name, function in pools.items():
+            case = f"{name}_pool{size}_{h}x{w}"
+            record(case, {"op": "pool", "pool": name, "size": size}, {"x": x}, function)
+    equal = F.relu(numbers.normal(2, 3, 6, 6)).round()
+    record("max_pool2_equal", {"op": "pool", "pool": "max", "size": 2}, {"x": equal}, lambda x: F.max_pool2d(x, 2))
+    record(
+        "max_pool_shared",
+        {"op": "pool", "pool": "max", "size": 2, "then": "concat(pool(x), pool(relu(x))): the input is used twice"},
+        {"x": numbers.normal(2, 3, 4, 6)},
+        lambda x: torch.cat([F.max_pool2d(x, 2), F.max_pool2d(F.relu(x), 2)], 1),
+    )
+    edges = torch.tensor([0, -0.0, 1, -1, 5, -5, 20, -20, 60, -60, 1e-6, -1e-6]).double().reshape(1, 12, 1, 1)
+    for name in ("gelu", "relu", "mish"):
+        function = getattr(F, name)
+        record(f"{name}_edges", {"op": name}, {"x": edges}, function)
+        record(name, {"op": name}, {"x": 3 * numbers.normal(2, 5, 7, 9)}, function)
+
+
+def channels():
+    """Parts of the channels, and factors per channel."""
+    numbers = numbers_of("channels")
+    x = {"x": numbers.normal(3, 7, 4, 5)}
+    record("narrow_image", {"op": "narrow", "first": 2, "count": 3}, x, lambda x: x[:, 2:5])
+    x = {"x": numbers.normal(3, 8)}
+    record("narrow_features", {"op": "narrow", "first": 4, "count": 4}, x, lambda x: x[:, 4:8])
+    for batch in (1, 3):
+        inputs = {"x": numbers.normal(3, 5, 4, 3), "b": numbers.normal(batch, 5)}
+        record(
+            f"scale_channels_n{batch}", {"op": "scale_channels"}, inputs, lambda x, b: x * b[:, :, None, None]
+        )
+
+
 def attention():
     """softmax over the keys of q·k / sqrt(c / heads); head i takes the channels from i·c/heads."""
     for batch, channels, heads, (h, w) in (
@@ -234,6 +317,11 @@ def main():
     norms()
     elementwise()
     affine()
+    transposed_convolutions()
+    for count, size in ((5, (3, 4)), (16, (7, 7))):
+        batch_norm(count, size)
+    pools_and_activations()
+    channels()
     attention()
     timestep_embeddings()
     save("ops", TENSORS, CASES)

@@ -7,11 +7,11 @@ use anyhow::{Context, Result, ensure};
 use dmd_core::card::{CARD_KEY, GeneratorConfig, ModelCard};
 use dmd_core::compare::Tolerance;
 use dmd_core::net::shapes::summarise;
-use dmd_core::net::{Conv2d, Embedding, GroupNorm, Linear, Ops, TimestepEmbedding};
+use dmd_core::net::{Conv2d, Ops};
 use dmd_export::partial::{Exporter, Known, Value};
 use dmd_export::{Array, Checkpoint, Kind, evaluate, export};
+use dmd_tests::operations::Operation;
 use dmd_tests::{Golden, compare, fixture};
-use serde_json::Value as Json;
 use tract_onnx::pb::{GraphProto, ModelProto, OperatorSetIdProto};
 use tract_onnx::prelude::*;
 
@@ -140,41 +140,30 @@ fn folded_equals_unfolded_without_classes() -> Result<()> {
 #[test]
 fn every_operation_matches_pytorch() -> Result<()> {
     let golden = Golden::load("ops")?;
-    let cases = golden.cases()?.as_object().context("the header lists the cases")?;
-    ensure!(cases.len() > 60, "got {} cases", cases.len());
-    for (case, spec) in cases {
+    let operations = Operation::all(&golden)?;
+    ensure!(operations.len() > 90, "got {} cases", operations.len());
+    for operation in operations {
+        let case = &operation.case;
         let tensor_of = |key: &str| array(&golden, &format!("{case}.{key}"));
         let mut weights = BTreeMap::new();
-        for key in ["weight", "bias"] {
-            if golden.has(&format!("{case}.{key}")) && spec["op"] != "add_bias" {
-                weights.insert(format!("layer.{key}"), tensor_of(key)?);
-            }
+        for key in &operation.parameters {
+            weights.insert(format!("layer.{key}"), tensor_of(key)?);
         }
-        let keys: &[&str] = match spec["op"].as_str().context("op")? {
-            "add" | "concat" => &["a", "b"],
-            "add_bias" => &["x", "bias"],
-            "attention" => &["q", "k", "v"],
-            "timestep_embedding" => &["t"],
-            "embedding" => &[],
-            _ => &["x"],
-        };
-        let inputs = keys.iter().map(|key| tensor_of(key)).collect::<Result<Vec<_>>>()?;
+        let inputs = operation.inputs.iter().map(|key| tensor_of(key)).collect::<Result<Vec<_>>>()?;
+        let numbers = Array::new(&[operation.numbers.len()], operation.numbers.clone())?;
         let y = tensor_of("y")?;
         let tolerance = Tolerance { abs: 3e-5, rel: 1e-4 };
 
-        let mut evaluator = evaluate::Evaluate::new(&weights);
-        let got = apply(&mut evaluator, spec, &weights, &inputs, evaluate::class_array)?;
+        let got = operation.run(&mut evaluate::Evaluate::new(&weights), &inputs, &numbers)?;
         compare(&format!("{case}, evaluated"), &got.data, &y.data, tolerance)?;
         ensure!(got.shape == y.shape, "{case}: got shape {:?}, expected {:?}", got.shape, y.shape);
 
-        if spec["op"] == "embedding" {
-            continue;
-        }
         let mut exporter = Exporter::new(&weights);
         let names = ["first", "second", "third"];
         let mut values = Vec::new();
         let mut feed = tvec![];
-        for (name, array) in names.into_iter().zip(&inputs) {
+        let given = if inputs.is_empty() { std::slice::from_ref(&numbers) } else { &inputs };
+        for (name, array) in names.into_iter().zip(given) {
             if array.rows() == y.rows() {
                 values.push(exporter.input(name, &array.shape[1..]));
                 feed.push(tensor(array)?);
@@ -182,68 +171,13 @@ fn every_operation_matches_pytorch() -> Result<()> {
                 values.push(Value::Const(Known { array: array.clone(), name: name.into() }));
             }
         }
-        let value = apply(&mut exporter, spec, &weights, &values, |_| values[0].clone())?;
+        let value = operation.run(&mut exporter, &values, &values[0])?;
         let Value::Flow(flow) = value else { anyhow::bail!("{case}: folded away") };
         let graph = exporter.graph.finish(flow.edge, "y", &flow.shape).graph;
         let got = &run_model(model_of(graph)?, vec![feed]).with_context(|| case.clone())?[0];
         compare(&format!("{case}, by tract"), got, &y.data, tolerance)?;
     }
     Ok(())
-}
-
-/// One operation as the case describes it.
-fn apply<O: Ops<Error = dmd_export::Error>>(
-    ops: &mut O,
-    spec: &Json,
-    weights: &BTreeMap<String, Array>,
-    x: &[O::Value],
-    index: impl Fn(&[usize]) -> O::Value,
-) -> Result<O::Value> {
-    let number = |key: &str| spec[key].as_u64().map(|v| v as usize).with_context(|| key.to_owned());
-    let shape = weights.get("layer.weight").map(|w| w.shape.clone()).unwrap_or_default();
-    let linear = || Linear { in_features: shape[1], out_features: shape[0] };
-    Ok(match spec["op"].as_str().context("op")? {
-        "conv2d" => {
-            let padding: [usize; 4] = serde_json::from_value(spec["padding"].clone())?;
-            let (kernel, stride) = (number("kernel")?, number("stride")?);
-            let spec = Conv2d { in_channels: shape[1], out_channels: shape[0], kernel, stride, padding };
-            ops.conv2d(&x[0], "layer", spec)?
-        }
-        "group_norm" => {
-            let eps = spec["eps"].as_f64().context("eps")?;
-            let silu = spec["silu"].as_bool().context("silu")?;
-            let spec = GroupNorm { channels: shape[0], groups: number("groups")?, eps, silu };
-            ops.group_norm(&x[0], "layer", spec)?
-        }
-        "linear" => ops.linear(&x[0], "layer", linear())?,
-        "pointwise" => ops.pointwise(&x[0], "layer", linear())?,
-        "embedding" => {
-            let rows: Vec<usize> = serde_json::from_value(spec["index"].clone())?;
-            ops.embedding(&index(&rows), "layer", Embedding { rows: shape[0], features: shape[1] })?
-        }
-        "timestep_embedding" => {
-            let flip_sin_to_cos = spec["flip"].as_bool().context("flip")?;
-            let freq_shift = spec["freq_shift"].as_f64().context("freq_shift")?;
-            let spec = TimestepEmbedding { features: number("features")?, flip_sin_to_cos, freq_shift };
-            ops.timestep_embedding(&x[0], spec)?
-        }
-        "silu" => ops.silu(&x[0])?,
-        "add" => ops.add(&x[0], &x[1])?,
-        "add_bias" => ops.add_bias(&x[0], &x[1])?,
-        "scale" => ops.scale(&x[0], spec["factor"].as_f64().context("factor")?)?,
-        "concat" => ops.concat(&x[0], &x[1])?,
-        "attention" => ops.attention(&x[0], &x[1], &x[2], number("heads")?)?,
-        "upsample_nearest2x" => {
-            let y = ops.upsample_nearest2x(&x[0])?;
-            if spec.get("then").is_none() {
-                return Ok(y);
-            }
-            let active = ops.silu(&x[0])?;
-            let active = ops.upsample_nearest2x(&active)?;
-            ops.add(&y, &active)?
-        }
-        other => anyhow::bail!("unknown operation `{other}`"),
-    })
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! What the tests of all crates share: golden data, fixtures, and the built binaries.
 //! Must not contain a test, nor anything that computes an expected value.
 
+pub mod operations;
+pub mod seeded;
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

@@ -160,6 +160,14 @@ impl Classes {
     }
 }
 
+impl Provenance {
+    /// A name and nothing else.
+    pub fn named(name: impl Into<String>) -> Self {
+        let (training, metrics) = (serde_json::Map::new(), serde_json::Map::new());
+        Self { name: name.into(), classes: None, base: None, training, metrics }
+    }
+}
+
 impl ModelCard {
     /// Reads and checks the JSON of `metadata_props`.
     pub fn from_json(text: &str) -> Result<Self> {

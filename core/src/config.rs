@@ -1,12 +1,13 @@
-//! Architecture of a denoiser as `config.json` of diffusers describes it.
+//! Architecture of a denoiser as `config.json` describes it.
 //!
-//! Source: diffusers `UNet2DModel` (0.42). Keys that only keep books (`_class_name`, …) are ignored, every other
+//! Source of `UNet2DModel`: diffusers `UNet2DModel` (0.42). Keys that only keep books (`_class_name`, …) are ignored, every other
 //! key is either implemented or refused by name; missing keys take the values diffusers gives them.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::net::Activation;
 use crate::{Error, Result};
 
 /// A network this toolkit can run, selected by `_class_name`.
@@ -15,6 +16,65 @@ use crate::{Error, Result};
 pub enum ModelConfig {
     /// diffusers `UNet2DModel`.
     UNet2D(UNet2DConfig),
+    /// The class-conditional MNIST network of Conditional_Diffusion_MNIST.
+    ContextUnet(ContextUnetConfig),
+    /// The small CelebA network of the reference experiments.
+    CelebaUnet(CelebaUnetConfig),
+}
+
+/// `ContextUnet`: classes `0..n_classes`, and `n_classes` for none.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ContextUnetConfig {
+    /// Image side in pixels, a multiple of 4.
+    #[serde(default = "mnist::sample_size")]
+    pub sample_size: usize,
+    /// Channels of the noisy image.
+    #[serde(default = "mnist::in_channels")]
+    pub in_channels: usize,
+    /// Channels of the finest resolution, a multiple of 8.
+    pub n_feat: usize,
+    /// Classes.
+    #[serde(default = "mnist::n_classes")]
+    pub n_classes: usize,
+    /// The step enters as `t / n_steps`.
+    #[serde(default = "mnist::n_steps")]
+    pub n_steps: usize,
+}
+
+mod mnist {
+    pub fn sample_size() -> usize {
+        28
+    }
+    pub fn in_channels() -> usize {
+        1
+    }
+    pub fn n_classes() -> usize {
+        10
+    }
+    pub fn n_steps() -> usize {
+        400
+    }
+}
+
+/// `CelebaUNet`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CelebaUnetConfig {
+    /// Image side in pixels, a multiple of 4.
+    pub sample_size: usize,
+    /// Channels of the noisy image.
+    pub in_channels: usize,
+    /// Channels of the finest resolution, a multiple of 8.
+    pub channels: usize,
+    /// Rows of the table of steps.
+    pub n_steps: usize,
+}
+
+impl Default for CelebaUnetConfig {
+    fn default() -> Self {
+        Self { sample_size: 32, in_channels: 3, channels: 16, n_steps: 1000 }
+    }
 }
 
 /// One resolution of a U-Net.
@@ -24,6 +84,29 @@ pub enum Block {
     Plain,
     /// Self-attention after each residual block (`AttnDownBlock2D`, `AttnUpBlock2D`).
     Attention,
+    /// Residual blocks, one of which changes the size (`ResnetDownsampleBlock2D`, `ResnetUpsampleBlock2D`).
+    Resnet,
+}
+
+/// How a resolution is changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Resample {
+    /// A convolution.
+    Conv,
+    /// A residual block that averages, or repeats, pixels.
+    Resnet,
+}
+
+/// How the embedding of step and class enters a residual block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TimeShift {
+    /// Added after the first convolution.
+    #[serde(rename = "default")]
+    Add,
+    /// Factor and summand after the second normalisation.
+    #[serde(rename = "scale_shift")]
+    ScaleShift,
 }
 
 /// diffusers `UNet2DModel` with positional time embedding and optional class embedding.
@@ -49,6 +132,16 @@ pub struct UNet2DConfig {
     pub attention_head_dim: Option<usize>,
     /// 1: symmetric padding of the strided convolution; 0: one row and column of zeros at the bottom and right.
     pub downsample_padding: usize,
+    /// How attention resolutions are changed on the way down.
+    pub downsample_type: Resample,
+    /// How attention resolutions are changed on the way up.
+    pub upsample_type: Resample,
+    /// How the embedding of step and class enters.
+    pub resnet_time_scale_shift: TimeShift,
+    /// Divisor of the sums in the middle block.
+    pub mid_block_scale_factor: f64,
+    /// Activation of every residual block.
+    pub activation: Activation,
     /// Time embedding is `[cos, sin]` instead of `[sin, cos]`.
     pub flip_sin_to_cos: bool,
     /// Subtracted from the number of frequencies in the time embedding's exponent.
@@ -60,6 +153,18 @@ pub struct UNet2DConfig {
     /// Rows of the class embedding table, if the model is class-conditional.
     pub num_class_embeds: Option<usize>,
 }
+
+/// diffusers' names of [`Block`]s, in their order.
+const DOWN_BLOCKS: [&str; 3] = ["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"];
+const UP_BLOCKS: [&str; 3] = ["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"];
+/// diffusers' names of activations; the first is the one that is written.
+const ACTIVATIONS: [(&str, Activation); 5] = [
+    ("silu", Activation::Silu),
+    ("swish", Activation::Silu),
+    ("gelu", Activation::Gelu),
+    ("relu", Activation::Relu),
+    ("mish", Activation::Mish),
+];
 
 impl ModelConfig {
     /// Reads `config.json`.
@@ -73,6 +178,8 @@ impl ModelConfig {
     pub fn image_shape(&self) -> [usize; 3] {
         match self {
             Self::UNet2D(c) => [c.in_channels, c.sample_size, c.sample_size],
+            Self::ContextUnet(c) => [c.in_channels, c.sample_size, c.sample_size],
+            Self::CelebaUnet(c) => [c.in_channels, c.sample_size, c.sample_size],
         }
     }
 
@@ -80,13 +187,16 @@ impl ModelConfig {
     pub fn class_rows(&self) -> Option<usize> {
         match self {
             Self::UNet2D(c) => c.num_class_embeds,
+            Self::ContextUnet(c) => Some(c.n_classes + 1),
+            Self::CelebaUnet(_) => None,
         }
     }
 
     /// Value range of the images the network was made for.
     pub fn range(&self) -> [f32; 2] {
         match self {
-            Self::UNet2D(_) => [-1.0, 1.0],
+            Self::UNet2D(_) | Self::CelebaUnet(_) => [-1.0, 1.0],
+            Self::ContextUnet(_) => [0.0, 1.0],
         }
     }
 
@@ -94,29 +204,77 @@ impl ModelConfig {
     pub fn arch(&self) -> &'static str {
         match self {
             Self::UNet2D(_) => "unet2d",
+            Self::ContextUnet(_) => "context_unet",
+            Self::CelebaUnet(_) => "celeba_unet",
         }
     }
 }
+
+/// Values of `_class_name`.
+const CLASS_NAMES: [&str; 3] = ["UNet2DModel", "ContextUnet", "CelebaUNet"];
 
 impl TryFrom<Map<String, Value>> for ModelConfig {
     type Error = Error;
 
     fn try_from(map: Map<String, Value>) -> Result<Self> {
+        let expected = format!("expected `{}`", CLASS_NAMES.join("`, `"));
         match map.get("_class_name").and_then(Value::as_str) {
             Some("UNet2DModel") => Ok(Self::UNet2D(UNet2DConfig::from_map(map)?)),
-            Some(other) => {
-                Err(Error::config("_class_name", format!("got `{other}`, expected `UNet2DModel`")))
+            Some("ContextUnet") => {
+                let config: ContextUnetConfig = plain(map)?;
+                sizes("n_feat", config.sample_size, config.in_channels, config.n_feat, config.n_steps)?;
+                if !(1..=1 << 20).contains(&config.n_classes) {
+                    let got = config.n_classes;
+                    return Err(Error::config("n_classes", format!("got {got}, expected 1 to {}", 1 << 20)));
+                }
+                Ok(Self::ContextUnet(config))
             }
-            None => Err(Error::config("_class_name", "missing, expected `UNet2DModel`")),
+            Some("CelebaUNet") => {
+                let config: CelebaUnetConfig = plain(map)?;
+                sizes("channels", config.sample_size, config.in_channels, config.channels, config.n_steps)?;
+                Ok(Self::CelebaUnet(config))
+            }
+            Some(other) => Err(Error::config("_class_name", format!("got `{other}`, {expected}"))),
+            None => Err(Error::config("_class_name", format!("missing, {expected}"))),
         }
     }
 }
 
+/// Reads the keys that are no book-keeping.
+fn plain<T: DeserializeOwned>(mut map: Map<String, Value>) -> Result<T> {
+    map.retain(|key, _| !key.starts_with('_'));
+    serde_json::from_value(Value::Object(map)).map_err(|e| Error::config("config.json", e.to_string()))
+}
+
+/// Checks what the two reference networks have in common.
+fn sizes(key: &str, side: usize, in_channels: usize, channels: usize, steps: usize) -> Result<()> {
+    for (key, got, multiple, limit) in [
+        ("sample_size", side, 4, 4096),
+        ("in_channels", in_channels, 1, 1024),
+        (key, channels, 8, 8192),
+        ("n_steps", steps, 1, 1 << 20),
+    ] {
+        if got == 0 || got % multiple != 0 || got > limit {
+            let expected = format!("expected a multiple of {multiple} up to {limit}");
+            return Err(Error::config(key, format!("got {got}, {expected}")));
+        }
+    }
+    Ok(())
+}
+
 impl From<ModelConfig> for Map<String, Value> {
     fn from(config: ModelConfig) -> Self {
-        match config {
-            ModelConfig::UNet2D(c) => c.to_map(),
-        }
+        let (name, value) = match config {
+            ModelConfig::UNet2D(c) => return c.to_map(),
+            ModelConfig::ContextUnet(c) => (CLASS_NAMES[1], serde_json::to_value(c)),
+            ModelConfig::CelebaUnet(c) => (CLASS_NAMES[2], serde_json::to_value(c)),
+        };
+        let mut map = match value {
+            Ok(Value::Object(map)) => map,
+            _ => Map::new(),
+        };
+        map.insert("_class_name".into(), name.into());
+        map
     }
 }
 
@@ -131,17 +289,22 @@ impl UNet2DConfig {
             down_blocks: keys.blocks(
                 "down_block_types",
                 ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-                ["DownBlock2D", "AttnDownBlock2D"],
+                DOWN_BLOCKS,
             )?,
             up_blocks: keys.blocks(
                 "up_block_types",
                 ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-                ["UpBlock2D", "AttnUpBlock2D"],
+                UP_BLOCKS,
             )?,
             layers_per_block: keys.take("layers_per_block", 2)?,
             add_attention: keys.take("add_attention", true)?,
             attention_head_dim: keys.take("attention_head_dim", Some(8))?,
             downsample_padding: keys.take("downsample_padding", 1)?,
+            downsample_type: keys.take("downsample_type", Resample::Conv)?,
+            upsample_type: keys.take("upsample_type", Resample::Conv)?,
+            resnet_time_scale_shift: keys.take("resnet_time_scale_shift", TimeShift::Add)?,
+            mid_block_scale_factor: keys.take("mid_block_scale_factor", 1.0)?,
+            activation: keys.activation()?,
             flip_sin_to_cos: keys.take("flip_sin_to_cos", true)?,
             freq_shift: keys.take("freq_shift", 0.0)?,
             norm_num_groups: keys.take("norm_num_groups", 32)?,
@@ -152,13 +315,8 @@ impl UNet2DConfig {
         keys.only("time_embedding_type", json!("positional"))?;
         keys.only("time_embedding_dim", Value::Null)?;
         keys.only("mid_block_type", json!("UNetMidBlock2D"))?;
-        keys.only("mid_block_scale_factor", json!(1.0))?;
-        keys.only("downsample_type", json!("conv"))?;
-        keys.only("upsample_type", json!("conv"))?;
-        keys.only("dropout", json!(0.0))?;
-        keys.only("act_fn", json!("silu"))?;
+        keys.take::<f64>("dropout", 0.0)?; // only in training by diffusers; a base is used as it is at inference
         keys.only("attn_norm_num_groups", Value::Null)?;
-        keys.only("resnet_time_scale_shift", json!("default"))?;
         keys.only("class_embed_type", Value::Null)?;
         keys.take::<Option<usize>>("num_train_timesteps", None)?;
         keys.finish()?;
@@ -167,8 +325,8 @@ impl UNet2DConfig {
     }
 
     fn to_map(&self) -> Map<String, Value> {
-        let names = |blocks: &[Block], names: [&str; 2]| -> Vec<String> {
-            blocks.iter().map(|b| names[usize::from(*b == Block::Attention)].to_owned()).collect()
+        let names = |blocks: &[Block], names: [&str; 3]| -> Vec<String> {
+            blocks.iter().map(|b| names[*b as usize].to_owned()).collect()
         };
         let value = json!({
             "_class_name": "UNet2DModel",
@@ -176,8 +334,8 @@ impl UNet2DConfig {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
             "block_out_channels": self.block_out_channels,
-            "down_block_types": names(&self.down_blocks, ["DownBlock2D", "AttnDownBlock2D"]),
-            "up_block_types": names(&self.up_blocks, ["UpBlock2D", "AttnUpBlock2D"]),
+            "down_block_types": names(&self.down_blocks, DOWN_BLOCKS),
+            "up_block_types": names(&self.up_blocks, UP_BLOCKS),
             "layers_per_block": self.layers_per_block,
             "add_attention": self.add_attention,
             "attention_head_dim": self.attention_head_dim,
@@ -187,7 +345,11 @@ impl UNet2DConfig {
             "norm_num_groups": self.norm_num_groups,
             "norm_eps": self.norm_eps,
             "num_class_embeds": self.num_class_embeds,
-            "act_fn": "silu",
+            "downsample_type": self.downsample_type,
+            "upsample_type": self.upsample_type,
+            "resnet_time_scale_shift": self.resnet_time_scale_shift,
+            "mid_block_scale_factor": self.mid_block_scale_factor,
+            "act_fn": ACTIVATIONS.iter().find(|(_, a)| *a == self.activation).map(|(name, _)| name),
             "time_embedding_type": "positional",
         });
         match value {
@@ -279,6 +441,13 @@ impl UNet2DConfig {
                 format!("got {}, expected a multiple of {factor} ({levels} resolutions)", self.sample_size),
             ));
         }
+        if !(self.mid_block_scale_factor.is_finite() && self.mid_block_scale_factor > 0.0) {
+            let got = self.mid_block_scale_factor;
+            return Err(Error::config(
+                "mid_block_scale_factor",
+                format!("got {got}, expected a positive number"),
+            ));
+        }
         if self.num_class_embeds == Some(0) {
             return Err(Error::config("num_class_embeds", "got 0, expected at least 1"));
         }
@@ -333,17 +502,24 @@ impl Keys {
         }
     }
 
-    fn blocks(&mut self, key: &str, missing: [&str; 4], [plain, attention]: [&str; 2]) -> Result<Vec<Block>> {
+    fn blocks(&mut self, key: &str, missing: [&str; 4], known: [&str; 3]) -> Result<Vec<Block>> {
         let names: Vec<String> = self.take(key, missing.iter().map(|s| (*s).to_owned()).collect())?;
-        names
-            .iter()
-            .map(|name| match name.as_str() {
-                n if n == plain => Ok(Block::Plain),
-                n if n == attention => Ok(Block::Attention),
-                other => {
-                    Err(Error::config(key, format!("got `{other}`, expected `{plain}` or `{attention}`")))
-                }
-            })
-            .collect()
+        let kinds = [Block::Plain, Block::Attention, Block::Resnet];
+        let kind = |name: &String| {
+            let place = known.iter().position(|known| known == name);
+            place
+                .map(|place| kinds[place])
+                .ok_or_else(|| Error::config(key, format!("got `{name}`, expected `{}`", known.join("`, `"))))
+        };
+        names.iter().map(kind).collect()
+    }
+
+    fn activation(&mut self) -> Result<Activation> {
+        let name: String = self.take("act_fn", "silu".to_owned())?;
+        let known = ACTIVATIONS.iter().find(|(known, _)| *known == name);
+        known.map(|(_, activation)| *activation).ok_or_else(|| {
+            let names: Vec<&str> = ACTIVATIONS.iter().map(|(name, _)| *name).collect();
+            Error::config("act_fn", format!("got `{name}`, expected `{}`", names.join("`, `")))
+        })
     }
 }

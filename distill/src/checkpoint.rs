@@ -103,13 +103,7 @@ impl Checkpoint {
         let config: ModelConfig = source.required("config.json")?;
         let schedule = source.required("scheduler_config.json")?;
         let name = source.path().file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
-        let provenance = source.json("card.json")?.unwrap_or(Provenance {
-            name,
-            classes: None,
-            base: None,
-            training: serde_json::Map::new(),
-            metrics: serde_json::Map::new(),
-        });
+        let provenance = source.json("card.json")?.unwrap_or_else(|| Provenance::named(name));
         let mut found = None;
         for name in WEIGHTS {
             found = found.or(source.read(name)?);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
 use dmd_core::config::ModelConfig;
-use dmd_core::net::{OneStep, denoise, one_step, shapes};
+use dmd_core::net::{OneStep, celeba_unet, denoise, one_step, shapes};
 
 use crate::cpu;
 use crate::error::Result;
@@ -33,10 +33,15 @@ impl Network {
         Ok(Self { config: config.clone(), parameters, variables: Vec::new(), device: device.clone() })
     }
 
-    /// A copy of the weights as variables, in the order of their names.
+    /// A copy of the weights as variables, in the order of their names; statistics and fixed tables stay as they are.
     pub fn trainable(config: &ModelConfig, tensors: &Tensors, device: &Device) -> Result<Self> {
+        let frozen = shapes::summarise(config)?.frozen;
         let (mut parameters, mut variables) = (Tensors::new(), Vec::new());
         for (name, tensor) in tensors {
+            if frozen.contains(name) {
+                parameters.insert(name.clone(), tensor.to_device(device)?.detach());
+                continue;
+            }
             let var = Var::from_tensor(&tensor.to_device(device)?)?;
             parameters.insert(name.clone(), var.as_tensor().clone());
             variables.push((name.clone(), var));
@@ -114,14 +119,21 @@ pub fn initial_weights(config: &ModelConfig, seed: u32) -> Result<Tensors> {
         let mut random = Random::new(seed, Purpose::Weights, i as u64);
         let count = shape.iter().product::<usize>();
         let layer = name.strip_suffix(".weight").or(name.strip_suffix(".bias")).unwrap_or(name);
-        let weight = &summary.parameters[&format!("{layer}.weight")];
-        let values = if layer.ends_with("class_embedding") {
-            random.normal(count)
-        } else if weight.len() == 1 {
-            vec![f32::from(name.ends_with(".weight")); count]
-        } else {
-            let bound = 1.0 / (weight[1..].iter().product::<usize>() as f64).sqrt();
-            (0..count).map(|_| ((random.unit() * 2.0 - 1.0) * bound) as f32).collect()
+        let fan_in = |weight: &Vec<usize>| weight[1..].iter().product::<usize>();
+        let fan_in = summary.parameters.get(&format!("{layer}.weight")).filter(|w| w.len() > 1).map(fan_in);
+        let values = match (config, fan_in) {
+            (ModelConfig::CelebaUnet(config), _) if summary.frozen.contains(name) => {
+                celeba_unet::time_table(config)
+            }
+            (_, Some(_)) if layer.ends_with("class_embedding") => random.normal(count),
+            (_, Some(fan_in)) => {
+                let bound = 1.0 / (fan_in as f64).sqrt();
+                (0..count).map(|_| ((random.unit() * 2.0 - 1.0) * bound) as f32).collect()
+            }
+            (_, None) => {
+                let one = name.ends_with(".weight") || name.ends_with(".running_var");
+                vec![f32::from(one); count]
+            }
         };
         tensors.insert(name.clone(), Tensor::from_vec(values, shape.as_slice(), &Device::Cpu)?);
     }

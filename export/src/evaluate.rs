@@ -5,7 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use dmd_core::net::{self, Conv2d, Embedding, GroupNorm, Linear, Ops, TimestepEmbedding};
+use dmd_core::net::{
+    self, Activation, BatchNorm, Conv2d, ConvTranspose2d, Embedding, GroupNorm, Linear, Ops, Pool,
+    TimestepEmbedding,
+};
 
 use crate::{Array, Checkpoint, Error, Result};
 
@@ -61,6 +64,20 @@ impl<'a> Evaluate<'a> {
         Ok(array)
     }
 
+    /// Factor and summand per channel that a normalisation with fixed statistics amounts to.
+    pub fn fixed_norm(&mut self, name: &str, spec: BatchNorm) -> Result<(Vec<f64>, Vec<f64>)> {
+        let mut read = |suffix: &str| self.parameter(&format!("{name}.{suffix}"), &[spec.channels]);
+        let (weight, bias) = (read("weight")?, read("bias")?);
+        let (mean, variance) = (read("running_mean")?, read("running_var")?);
+        let scale: Vec<f64> = (weight.data.iter().zip(&variance.data))
+            .map(|(&w, &v)| f64::from(w) / (f64::from(v) + spec.eps).sqrt())
+            .collect();
+        let shift = (bias.data.iter().zip(&mean.data).zip(&scale))
+            .map(|((&b, &m), scale)| f64::from(b) - f64::from(m) * scale)
+            .collect();
+        Ok((scale, shift))
+    }
+
     fn affine(&mut self, name: &str, weight: &[usize]) -> Result<(&'a Array, &'a Array)> {
         let w = self.parameter(&format!("{name}.weight"), weight)?;
         Ok((w, self.parameter(&format!("{name}.bias"), &weight[..1])?))
@@ -86,8 +103,15 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + libm::exp(-x))
 }
 
-fn silu(x: f32) -> f32 {
-    (f64::from(x) * sigmoid(f64::from(x))) as f32
+fn active(activation: Activation, x: f32) -> f32 {
+    let x = f64::from(x);
+    let y = match activation {
+        Activation::Silu => x * sigmoid(x),
+        Activation::Gelu => 0.5 * x * (1.0 + libm::erf(x / std::f64::consts::SQRT_2)),
+        Activation::Relu => x.max(0.0),
+        Activation::Mish => x * libm::tanh(libm::log1p(libm::exp(x.min(700.0)))),
+    };
+    y as f32
 }
 
 impl Ops for Evaluate<'_> {
@@ -122,6 +146,10 @@ impl Ops for Evaluate<'_> {
             data.extend_from_slice(table.row(i as usize));
         }
         Array::new(&[index.rows(), spec.features], data)
+    }
+
+    fn unused(&mut self, name: &str, shape: &[usize]) {
+        let _ = self.parameter(name, shape); // counts the read; a wrong shape is found when the checkpoint is loaded
     }
 
     fn linear(&mut self, x: &Array, name: &str, spec: Linear) -> Result<Array> {
@@ -173,11 +201,92 @@ impl Ops for Evaluate<'_> {
                 *v = ((f64::from(*v) - mean) * scale * w + b) as f32;
             }
         }
-        if spec.silu { self.silu(&out) } else { Ok(out) }
+        if spec.silu { self.activate(&out, Activation::Silu) } else { Ok(out) }
     }
 
-    fn silu(&mut self, x: &Array) -> Result<Array> {
-        Ok(Array { shape: x.shape.clone(), data: x.data.iter().map(|&v| silu(v)).collect() })
+    fn conv_transpose2d(&mut self, x: &Array, name: &str, spec: ConvTranspose2d) -> Result<Array> {
+        let [n, c, h, w] = image(name, x)?;
+        features(name, c, spec.in_channels)?;
+        let (k, outputs) = (spec.kernel, spec.out_channels);
+        let weight = self.parameter(&format!("{name}.weight"), &[c, outputs, k, k])?;
+        let bias = self.parameter(&format!("{name}.bias"), &[outputs])?;
+        let side =
+            |side| spec.output(side).ok_or_else(|| Error::Array(format!("`{name}`: got a side of {side}")));
+        let (oh, ow) = (side(h)?, side(w)?);
+        let mut out = Vec::with_capacity(n * outputs * oh * ow);
+        for i in 0..n {
+            for (o, &b) in bias.data.iter().enumerate() {
+                let mut sums = vec![f64::from(b); oh * ow];
+                for at in 0..c * h * w * k * k {
+                    let (tap, pixel) = (at % (k * k), at / (k * k));
+                    let (channel, y, column) = (pixel / (h * w), pixel / w % h, pixel % w);
+                    let place = |at: usize, tap: usize| (at * spec.stride + tap).checked_sub(spec.padding);
+                    let (Some(y), Some(column)) = (place(y, tap / k), place(column, tap % k)) else {
+                        continue;
+                    };
+                    if y < oh && column < ow {
+                        let factor = weight.data[(channel * outputs + o) * k * k + tap];
+                        sums[y * ow + column] += f64::from(factor) * f64::from(x.row(i)[pixel]);
+                    }
+                }
+                out.extend(sums.iter().map(|&v| v as f32));
+            }
+        }
+        Array::new(&[n, outputs, oh, ow], out)
+    }
+
+    fn batch_norm(&mut self, x: &Array, name: &str, spec: BatchNorm) -> Result<Array> {
+        let [_, c, h, w] = image(name, x)?;
+        features(name, c, spec.channels)?;
+        let (scale, shift) = self.fixed_norm(name, spec)?;
+        let mut out = x.clone();
+        for (i, v) in out.data.iter_mut().enumerate() {
+            let channel = i / (h * w) % c;
+            *v = (f64::from(*v) * scale[channel] + shift[channel]) as f32;
+        }
+        Ok(out)
+    }
+
+    fn activate(&mut self, x: &Array, activation: Activation) -> Result<Array> {
+        Ok(Array { shape: x.shape.clone(), data: x.data.iter().map(|&v| active(activation, v)).collect() })
+    }
+
+    fn pool(&mut self, x: &Array, pool: Pool, size: usize) -> Result<Array> {
+        let [n, c, h, w] = image("pool", x)?;
+        let (oh, ow) = (h / size, w / size);
+        let mut data = Vec::with_capacity(n * c * oh * ow);
+        for i in 0..n * c * oh * ow {
+            let (plane, y, column) = (i / (oh * ow), i / ow % oh, i % ow);
+            let square = (0..size * size)
+                .map(|tap| x.data[plane * h * w + (y * size + tap / size) * w + column * size + tap % size]);
+            data.push(match pool {
+                Pool::Max => square.fold(f32::NEG_INFINITY, f32::max),
+                Pool::Average => (square.map(f64::from).sum::<f64>() / (size * size) as f64) as f32,
+            });
+        }
+        Array::new(&[n, c, oh, ow], data)
+    }
+
+    fn one_hot(&mut self, index: &Array, rows: usize) -> Result<Array> {
+        let data = index.data.iter().flat_map(|&i| (0..rows).map(move |row| f32::from(row as f32 == i)));
+        Array::new(&[index.rows(), rows], data.collect())
+    }
+
+    fn feature(&mut self, x: &Array, factor: f64) -> Result<Array> {
+        let data = x.data.iter().map(|v| v * factor as f32).collect();
+        Array::new(&[x.rows(), 1], data)
+    }
+
+    fn narrow(&mut self, x: &Array, first: usize, count: usize) -> Result<Array> {
+        let (rows, inner) = (x.rows(), x.shape.iter().skip(2).product::<usize>());
+        let shape: Vec<usize> = [&[rows, count], x.shape.get(2..).unwrap_or_default()].concat();
+        let part = first * inner..(first + count) * inner;
+        let data = (0..rows).flat_map(|i| x.row(i)[part.clone()].iter().copied()).collect();
+        Array::new(&shape, data)
+    }
+
+    fn scale_channels(&mut self, x: &Array, factor: &Array) -> Result<Array> {
+        per_channel("scale_channels", x, factor, |v, factor| v * factor)
     }
 
     fn add(&mut self, a: &Array, b: &Array) -> Result<Array> {
@@ -185,14 +294,7 @@ impl Ops for Evaluate<'_> {
     }
 
     fn add_bias(&mut self, x: &Array, bias: &Array) -> Result<Array> {
-        let ([_, c, h, w], rows) = (image("bias", x)?, x.common_rows(bias)?);
-        features("bias", bias.data.len() / bias.rows(), c)?;
-        let mut data = Vec::with_capacity(rows * c * h * w);
-        for i in 0..rows {
-            let (pixels, bias) = (x.row(i), bias.row(i));
-            data.extend(pixels.iter().enumerate().map(|(j, v)| v + bias[j / (h * w)]));
-        }
-        Array::new(&[rows, c, h, w], data)
+        per_channel("add_bias", x, bias, |v, bias| v + bias)
     }
 
     fn scale(&mut self, x: &Array, factor: f64) -> Result<Array> {
@@ -248,6 +350,18 @@ impl Ops for Evaluate<'_> {
         }
         Array::new(&q.shape, out)
     }
+}
+
+/// `f(x, value of its channel)` for `x` `[n, c, h, w]` and `values` `[n, c]`.
+fn per_channel(name: &str, x: &Array, values: &Array, f: impl Fn(f32, f32) -> f32) -> Result<Array> {
+    let ([_, c, h, w], rows) = (image(name, x)?, x.common_rows(values)?);
+    features(name, values.data.len() / values.rows(), c)?;
+    let mut data = Vec::with_capacity(rows * c * h * w);
+    for i in 0..rows {
+        let (pixels, values) = (x.row(i), values.row(i));
+        data.extend(pixels.iter().enumerate().map(|(j, &v)| f(v, values[j / (h * w)])));
+    }
+    Array::new(&[rows, c, h, w], data)
 }
 
 fn convolve(x: &Array, name: &str, spec: Conv2d, weight: &Array, bias: &Array) -> Result<Array> {

@@ -3,7 +3,12 @@
 //! A bias that follows a convolution merges into the convolution's own. Only operators of ONNX's default domain, opset
 //! 18, in forms that onnxruntime and tract both run; `docs/onnx.md` lists them. No reading or writing of files.
 
-use dmd_core::net::{Conv2d, Embedding, GroupNorm, Linear, Ops, TimestepEmbedding};
+use dmd_core::net::{
+    Activation, BatchNorm, Conv2d, ConvTranspose2d, Embedding, GroupNorm, Linear, Ops, Pool,
+    TimestepEmbedding,
+};
+
+use tract_onnx::pb::tensor_proto::DataType;
 
 use crate::graph::{Attribute, Data, Edge, Node};
 use crate::partial::{Exporter, Flow, Known, Value, flow, wrong_shape};
@@ -39,10 +44,24 @@ impl Ops for Exporter<'_> {
 
     fn embedding(&mut self, index: &Value, name: &str, spec: Embedding) -> Result<Value> {
         let weight = format!("{name}.weight");
-        match self.fold(&weight, &[index], |e, v| e.embedding(v[0], name, spec))? {
-            Some(known) => Ok(known),
-            None => Err(Error::Request(format!("`{name}`: got an index that depends on the image"))),
+        if let Some(known) = self.fold(&weight, &[index], |e, v| e.embedding(v[0], name, spec))? {
+            return Ok(known);
         }
+        let (index, shape) = (self.lift(index)?, [spec.rows, spec.features]);
+        let table = self.parameter(&weight, &shape, &shape)?;
+        let whole = Node {
+            op: "Cast",
+            name: format!("{name}.index"),
+            inputs: vec![index.edge],
+            attributes: vec![("to", Attribute::Int(DataType::Int64 as i64))],
+            macs: 0,
+        };
+        let whole = self.graph.push(whole);
+        Ok(flow(self.graph.node("Gather", name, &[table, whole]), &shape[1..]))
+    }
+
+    fn unused(&mut self, name: &str, shape: &[usize]) {
+        self.evaluate.unused(name, shape);
     }
 
     fn linear(&mut self, x: &Value, name: &str, spec: Linear) -> Result<Value> {
@@ -112,13 +131,144 @@ impl Ops for Exporter<'_> {
         Ok(if spec.silu { self.silu_of(&y, name) } else { Value::Flow(y) })
     }
 
-    fn silu(&mut self, x: &Value) -> Result<Value> {
-        if let Some(known) = self.fold("silu", &[x], |e, v| e.silu(v[0]))? {
+    fn conv_transpose2d(&mut self, x: &Value, name: &str, spec: ConvTranspose2d) -> Result<Value> {
+        if let Some(known) = self.fold(name, &[x], |e, v| e.conv_transpose2d(v[0], name, spec))? {
+            return Ok(known);
+        }
+        let (x, ConvTranspose2d { in_channels, out_channels, kernel, stride, padding }) =
+            (self.lift(x)?, spec);
+        let (h, w) = match x.shape[..] {
+            [c, h, w] if c == in_channels => (h, w),
+            _ => return Err(wrong_shape(name, &x.shape, &format!("[{in_channels}, h, w]"))),
+        };
+        let side = |h| spec.output(h).ok_or_else(|| wrong_shape(name, &x.shape, "a larger image"));
+        let shape = [in_channels, out_channels, kernel, kernel];
+        let weight = self.parameter(&format!("{name}.weight"), &shape, &shape)?;
+        let bias = self.parameter(&format!("{name}.bias"), &shape[1..2], &shape[1..2])?;
+        let edge = self.graph.push(Node {
+            op: "ConvTranspose",
+            name: name.into(),
+            inputs: vec![x.edge, weight, bias],
+            attributes: vec![
+                ("kernel_shape", Attribute::Ints(vec![kernel as i64; 2])),
+                ("pads", Attribute::Ints(vec![padding as i64; 4])),
+                ("strides", Attribute::Ints(vec![stride as i64; 2])),
+            ],
+            macs: (shape.iter().product::<usize>() * h * w) as u64,
+        });
+        Ok(flow(edge, &[out_channels, side(h)?, side(w)?]))
+    }
+
+    /// Merges into the convolution before it, where there is one.
+    fn batch_norm(&mut self, x: &Value, name: &str, spec: BatchNorm) -> Result<Value> {
+        if let Some(known) = self.fold(name, &[x], |e, v| e.batch_norm(v[0], name, spec))? {
+            return Ok(known);
+        }
+        let x = self.lift(x)?;
+        let (scale, shift) = self.evaluate.fixed_norm(name, spec)?;
+        if let Some((mut conv, bias_name, bias)) = self.convolution_of(&x)
+            && let Some((weight_name, Data::Float(weight))) = self.graph.value(conv.inputs[1]).cloned()
+        {
+            let row = weight.data.len() / scale.len();
+            let data = weight.data.iter().enumerate().map(|(i, &w)| (f64::from(w) * scale[i / row]) as f32);
+            let weight = Array::new(&weight.shape, data.collect())?;
+            let bias =
+                bias.data.iter().zip(&scale).zip(&shift).map(|((&b, s), shift)| f64::from(b) * s + shift);
+            let bias = Array::new(&[scale.len()], bias.map(|b| b as f32).collect())?;
+            conv.inputs[1] = self.graph.constant(&weight_name, Data::Float(weight));
+            conv.inputs[2] = self.graph.constant(&bias_name, Data::Float(bias));
+            return Ok(flow(self.graph.push(conv), &x.shape));
+        }
+        let mut image = |suffix: &str, values: Vec<f64>| -> Result<Edge> {
+            let array = Array::new(&[values.len(), 1, 1], values.iter().map(|&v| v as f32).collect())?;
+            Ok(self.graph.constant(&format!("{name}.{suffix}"), Data::Float(array)))
+        };
+        let (scale, shift) = (image("scale", scale)?, image("shift", shift)?);
+        let scaled = self.graph.node("Mul", &format!("{name}.scaled"), &[x.edge, scale]);
+        Ok(flow(self.graph.node("Add", name, &[scaled, shift]), &x.shape))
+    }
+
+    fn activate(&mut self, x: &Value, activation: Activation) -> Result<Value> {
+        if let Some(known) = self.fold("activation", &[x], |e, v| e.activate(v[0], activation))? {
             return Ok(known);
         }
         let x = self.lift(x)?;
         let name = self.graph.producer(x.edge).map_or("input".to_owned(), |node| node.name.clone());
-        Ok(self.silu_of(&x, &name))
+        let edge = match activation {
+            Activation::Silu => return Ok(self.silu_of(&x, &name)),
+            Activation::Relu => self.graph.node("Relu", &format!("{name}.relu"), &[x.edge]),
+            Activation::Mish => {
+                let softplus = self.graph.node("Softplus", &format!("{name}.softplus"), &[x.edge]);
+                let tanh = self.graph.node("Tanh", &format!("{name}.tanh"), &[softplus]);
+                self.graph.node("Mul", &format!("{name}.mish"), &[x.edge, tanh])
+            }
+            Activation::Gelu => {
+                let (root, one, half) = (self.number(0.5_f64.sqrt()), self.number(1.0), self.number(0.5));
+                let scaled = self.graph.node("Mul", &format!("{name}.scaled"), &[x.edge, root]);
+                let erf = self.graph.node("Erf", &format!("{name}.erf"), &[scaled]);
+                let above = self.graph.node("Add", &format!("{name}.above"), &[erf, one]);
+                let share = self.graph.node("Mul", &format!("{name}.share"), &[above, half]);
+                self.graph.node("Mul", &format!("{name}.gelu"), &[x.edge, share])
+            }
+        };
+        Ok(flow(edge, &x.shape))
+    }
+
+    fn pool(&mut self, x: &Value, pool: Pool, size: usize) -> Result<Value> {
+        if let Some(known) = self.fold("pool", &[x], |e, v| e.pool(v[0], pool, size))? {
+            return Ok(known);
+        }
+        let x = self.lift(x)?;
+        let [c, h, w] = x.shape[..] else { return Err(wrong_shape("pool", &x.shape, "[c, h, w]")) };
+        let op = match pool {
+            Pool::Max => "MaxPool",
+            Pool::Average => "AveragePool",
+        };
+        let sides = || Attribute::Ints(vec![size as i64; 2]);
+        let attributes = vec![("kernel_shape", sides()), ("strides", sides())];
+        let edge =
+            self.graph.push(Node { op, name: "pool".into(), inputs: vec![x.edge], attributes, macs: 0 });
+        Ok(flow(edge, &[c, h / size, w / size]))
+    }
+
+    fn one_hot(&mut self, index: &Value, rows: usize) -> Result<Value> {
+        match self.fold("one_hot", &[index], |e, v| e.one_hot(v[0], rows))? {
+            Some(known) => Ok(known),
+            None => Err(Error::Request("`one_hot`: got an index that depends on the image".into())),
+        }
+    }
+
+    fn feature(&mut self, x: &Value, factor: f64) -> Result<Value> {
+        if let Some(known) = self.fold("feature", &[x], |e, v| e.feature(v[0], factor))? {
+            return Ok(known);
+        }
+        let (x, factor, last) = (self.lift(x)?, self.number(factor), self.sizes("axes", &[1]));
+        let column = self.graph.node("Unsqueeze", "feature.column", &[x.edge, last]);
+        Ok(flow(self.graph.node("Mul", "feature", &[column, factor]), &[1]))
+    }
+
+    fn narrow(&mut self, x: &Value, first: usize, count: usize) -> Result<Value> {
+        if let Some(known) = self.fold("narrow", &[x], |e, v| e.narrow(v[0], first, count))? {
+            return Ok(known);
+        }
+        let x = self.lift(x)?;
+        let Some((_, rest)) = x.shape.split_first() else {
+            return Err(wrong_shape("narrow", &x.shape, "[c] or [c, h, w]"));
+        };
+        let shape = [&[count], rest].concat();
+        let (from, to) = (self.sizes("from", &[first as i64]), self.sizes("to", &[(first + count) as i64]));
+        let axis = self.sizes("axes", &[1]);
+        Ok(flow(self.graph.node("Slice", "narrow", &[x.edge, from, to, axis]), &shape))
+    }
+
+    fn scale_channels(&mut self, x: &Value, factor: &Value) -> Result<Value> {
+        let name = "scale_channels";
+        if let Some(known) = self.fold(name, &[x, factor], |e, v| e.scale_channels(v[0], v[1]))? {
+            return Ok(known);
+        }
+        let x = self.lift(x)?;
+        let factor = self.at_every_pixel(name, factor, &x)?;
+        Ok(flow(self.graph.node("Mul", name, &[x.edge, factor]), &x.shape))
     }
 
     fn add(&mut self, a: &Value, b: &Value) -> Result<Value> {
@@ -154,12 +304,7 @@ impl Ops for Exporter<'_> {
                 Ok(flow(self.graph.node("Add", &biased, &[image, bias.edge]), &x.shape))
             }
             _ => {
-                let bias = self.lift(bias)?;
-                if bias.shape != [c] {
-                    return Err(wrong_shape("add_bias", &bias.shape, &format!("[{c}]")));
-                }
-                let axes = self.sizes("axes", &[2, 3]);
-                let bias = self.graph.node("Unsqueeze", "bias", &[bias.edge, axes]);
+                let bias = self.at_every_pixel("bias", bias, &x)?;
                 Ok(flow(self.graph.node("Add", "biased", &[x.edge, bias]), &x.shape))
             }
         }
@@ -277,6 +422,27 @@ impl Exporter<'_> {
             macs: (stored.iter().product::<usize>() * h * w) as u64,
         });
         Ok(flow(edge, &[out_channels, h, w]))
+    }
+
+    /// A value per channel in the shape `[n, c, 1, 1]`, for an operation with `x`.
+    fn at_every_pixel(&mut self, name: &str, value: &Value, x: &Flow) -> Result<Edge> {
+        let c = x.shape.first().copied().unwrap_or(0);
+        let known = |known: &Known| -> Result<Known> {
+            let (rows, len) = (known.array.rows(), known.array.data.len());
+            if len != rows * c {
+                return Err(wrong_shape(name, &known.array.shape[1..], &format!("[{c}]")));
+            }
+            Ok(Known { array: known.array.clone().reshaped(&[rows, c, 1, 1])?, name: known.name.clone() })
+        };
+        match value {
+            Value::Const(v) => Ok(self.lift(&Value::Const(known(v)?))?.edge),
+            Value::Table(v) => Ok(self.gather(&known(v)?)?.edge),
+            Value::Flow(v) if v.shape == [c] => {
+                let axes = self.sizes("axes", &[2, 3]);
+                Ok(self.graph.node("Unsqueeze", name, &[v.edge, axes]))
+            }
+            Value::Flow(v) => Err(wrong_shape(name, &v.shape, &format!("[{c}]"))),
+        }
     }
 
     /// The convolution behind `x` with its bias, if `x` is one.

@@ -9,21 +9,30 @@ use tract_onnx::pb::{GraphProto, TensorProto};
 use crate::{Error, Result};
 
 /// Operators that a file may use, all of the default domain.
-pub const OPERATORS: [&str; 16] = [
+pub const OPERATORS: [&str; 25] = [
     "Add",
+    "AveragePool",
+    "Cast",
     "Concat",
     "Conv",
+    "ConvTranspose",
     "Cos",
+    "Erf",
     "Gather",
     "Gemm",
     "InstanceNormalization",
     "MatMul",
+    "MaxPool",
     "Mul",
+    "Relu",
     "Reshape",
     "Resize",
     "Sigmoid",
     "Sin",
+    "Slice",
     "Softmax",
+    "Softplus",
+    "Tanh",
     "Transpose",
     "Unsqueeze",
 ];

@@ -90,13 +90,7 @@ fn complete(
     config: &ModelConfig,
 ) -> std::result::Result<Provenance, String> {
     let rows = config.class_rows();
-    let mut card = card.unwrap_or_else(|| Provenance {
-        name: directory_name(dir),
-        classes: None,
-        base: None,
-        training: serde_json::Map::new(),
-        metrics: serde_json::Map::new(),
-    });
+    let mut card = card.unwrap_or_else(|| Provenance::named(directory_name(dir)));
     match (&card.classes, rows) {
         (None, None) => {}
         (None, Some(count)) => card.classes = Some(Classes { count, names: vec![], none: None }),

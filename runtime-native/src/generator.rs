@@ -81,7 +81,8 @@ pub(crate) enum Engine {
 }
 
 /// Inputs of one network evaluation; those the model does not have are not read.
-pub(crate) struct Batch<'a> {
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
     /// Number of images.
     pub n: usize,
     /// `[n, c, h, w]`.
@@ -132,6 +133,31 @@ impl Model {
     /// The provider that was taken.
     pub fn choice(&self) -> &Choice {
         &self.choice
+    }
+
+    /// One evaluation of the network: what the file's graph makes of these inputs, `[n, c, h, w]`.
+    ///
+    /// # Errors
+    /// Inputs that do not fill `[n, …]`, or an engine that fails.
+    pub fn evaluate(&mut self, batch: &Batch) -> Result<Vec<f32>> {
+        let len = self.info.image_len();
+        if batch.x.len() != batch.n * len || batch.t.len() != batch.n || batch.class.len() != batch.n {
+            let got = [batch.x.len(), batch.t.len(), batch.class.len()];
+            return Err(Error::Request(format!("got {got:?} values, expected those of {} images", batch.n)));
+        }
+        match &mut self.engine {
+            #[cfg(feature = "tract")]
+            Engine::Tract(engine) => {
+                let mut all = Vec::with_capacity(batch.x.len());
+                for i in 0..batch.n {
+                    let (x, t) = (&batch.x[i * len..][..len], &batch.t[i..=i]);
+                    all.extend(engine.run(&Batch { n: 1, x, t, class: &batch.class[i..=i] })?);
+                }
+                Ok(all)
+            }
+            #[cfg(feature = "ort")]
+            Engine::Ort(engine) => engine.run(batch),
+        }
     }
 
     /// Generates images. `progress` hears how many network evaluations of single images were done since it was last

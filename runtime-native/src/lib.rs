@@ -18,7 +18,7 @@ mod tract;
 
 pub use error::{Error, Result};
 pub use file::{ModelFile, ModelInfo};
-pub use generator::{Class, Model, Options, Request, Samples};
+pub use generator::{Batch, Class, Model, Options, Request, Samples};
 pub use providers::Provider;
 
 /// The model that comes with this crate: a class-conditional one-step generator.

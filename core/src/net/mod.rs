@@ -3,6 +3,8 @@
 //! distill runs a description on candle tensors, export on "constant, per-class table or graph value", and
 //! [`shapes`] on shapes alone. A description never names a tensor library.
 
+pub mod celeba_unet;
+pub mod context_unet;
 pub mod shapes;
 pub mod unet2d;
 
@@ -21,6 +23,75 @@ pub struct Conv2d {
     pub stride: usize,
     /// Zeros around the image: `[top, left, bottom, right]`.
     pub padding: [usize; 4],
+}
+
+/// Transposed convolution, the gradient of a convolution as a layer; weight `NAME.weight` `[in, out, kernel, kernel]`,
+/// bias `NAME.bias` `[out]`. An image of side `h` becomes one of side `(h − 1)·stride − 2·padding + kernel`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConvTranspose2d {
+    /// Input channels.
+    pub in_channels: usize,
+    /// Output channels.
+    pub out_channels: usize,
+    /// Side of the kernel.
+    pub kernel: usize,
+    /// Step of the kernel in the output.
+    pub stride: usize,
+    /// Pixels cut off on each side of the output.
+    pub padding: usize,
+}
+
+impl ConvTranspose2d {
+    /// Side of the output for an input of side `h`; none if the padding cuts all of it off.
+    pub fn output(&self, h: usize) -> Option<usize> {
+        ((h.checked_sub(1)? * self.stride) + self.kernel)
+            .checked_sub(2 * self.padding)
+            .filter(|side| *side > 0)
+    }
+
+    /// The convolution whose gradient this is.
+    pub fn convolution(&self) -> Conv2d {
+        Conv2d {
+            in_channels: self.out_channels,
+            out_channels: self.in_channels,
+            kernel: self.kernel,
+            stride: self.stride,
+            padding: [self.padding; 4],
+        }
+    }
+}
+
+/// Normalisation of each channel with fixed statistics: `(x − mean)/sqrt(var + eps)·weight + bias`. Parameters
+/// `NAME.weight`, `NAME.bias`, statistics `NAME.running_mean`, `NAME.running_var`, all `[channels]`.
+/// Ioffe and Szegedy 2015 (arXiv:1502.03167) at inference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BatchNorm {
+    /// Channels.
+    pub channels: usize,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+/// A function of single values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x·sigmoid(x)`.
+    Silu,
+    /// `x·Φ(x)` with the normal distribution's `Φ(x) = (1 + erf(x/√2))/2`.
+    Gelu,
+    /// `max(x, 0)`; its gradient at 0 is 0.
+    Relu,
+    /// `x·tanh(ln(1 + exp(x)))`.
+    Mish,
+}
+
+/// What becomes of the pixels of a square.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pool {
+    /// The largest; the gradient goes to the first of equal ones.
+    Max,
+    /// Their mean.
+    Average,
 }
 
 /// Affine map of the last axis or of the channels; weight `NAME.weight` `[out, in]`, bias `NAME.bias` `[out]`.
@@ -53,6 +124,8 @@ pub struct Embedding {
     pub rows: usize,
     /// Features per row.
     pub features: usize,
+    /// The table is fixed: no training changes it.
+    pub frozen: bool,
 }
 
 /// Sinusoidal embedding of the step: `[sin(t·f_k), cos(t·f_k)]` with `f_k = 10000^(−k / (features/2 − freq_shift))`.
@@ -98,6 +171,8 @@ pub trait Ops {
         name: &str,
         spec: Embedding,
     ) -> Result<Self::Value, Self::Error>;
+    /// A parameter that the checkpoint has and the network never looks at.
+    fn unused(&mut self, _name: &str, _shape: &[usize]) {}
     /// `[n, in]` to `[n, out]`.
     fn linear(&mut self, x: &Self::Value, name: &str, spec: Linear) -> Result<Self::Value, Self::Error>;
     /// A linear map of the channels at every pixel: `[n, in, h, w]` to `[n, out, h, w]`.
@@ -111,8 +186,32 @@ pub trait Ops {
         name: &str,
         spec: GroupNorm,
     ) -> Result<Self::Value, Self::Error>;
-    /// `x·sigmoid(x)`, same shape.
-    fn silu(&mut self, x: &Self::Value) -> Result<Self::Value, Self::Error>;
+    /// `[n, in, h, w]` to `[n, out, h', w']`.
+    fn conv_transpose2d(
+        &mut self,
+        x: &Self::Value,
+        name: &str,
+        spec: ConvTranspose2d,
+    ) -> Result<Self::Value, Self::Error>;
+    /// Same shape.
+    fn batch_norm(
+        &mut self,
+        x: &Self::Value,
+        name: &str,
+        spec: BatchNorm,
+    ) -> Result<Self::Value, Self::Error>;
+    /// Value by value, same shape.
+    fn activate(&mut self, x: &Self::Value, activation: Activation) -> Result<Self::Value, Self::Error>;
+    /// Each square of `size` by `size` pixels becomes one; what is left over at the right and bottom is not looked at.
+    fn pool(&mut self, x: &Self::Value, pool: Pool, size: usize) -> Result<Self::Value, Self::Error>;
+    /// `index` `[n]` to `[n, rows]`: 1 at the index, else 0; all 0 for the index `rows`.
+    fn one_hot(&mut self, index: &Self::Value, rows: usize) -> Result<Self::Value, Self::Error>;
+    /// `x` `[n]` as one feature, times a factor: `[n, 1]`.
+    fn feature(&mut self, x: &Self::Value, factor: f64) -> Result<Self::Value, Self::Error>;
+    /// `count` channels of `[n, c, h, w]`, or features of `[n, c]`, from `first` on.
+    fn narrow(&mut self, x: &Self::Value, first: usize, count: usize) -> Result<Self::Value, Self::Error>;
+    /// `x` `[n, c, h, w]` times `factor` `[n, c]` at every pixel.
+    fn scale_channels(&mut self, x: &Self::Value, factor: &Self::Value) -> Result<Self::Value, Self::Error>;
     /// Sum; `n` broadcasts.
     fn add(&mut self, a: &Self::Value, b: &Self::Value) -> Result<Self::Value, Self::Error>;
     /// `x` `[n, c, h, w]` plus `bias` `[n, c]` at every pixel.
@@ -146,6 +245,8 @@ pub fn denoise<O: Ops>(
 ) -> Result<O::Value, O::Error> {
     match config {
         ModelConfig::UNet2D(c) => unet2d::unet2d(ops, c, x_t, t, class),
+        ModelConfig::ContextUnet(c) => context_unet::context_unet(ops, c, x_t, t, class),
+        ModelConfig::CelebaUnet(c) => celeba_unet::celeba_unet(ops, c, x_t, t, class),
     }
 }
 

@@ -1,16 +1,23 @@
 //! [`Ops`] on shapes: the list of parameters, and the multiply-accumulate operations, of a network for one image.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Conv2d, Embedding, GroupNorm, Linear, Ops, TimestepEmbedding, denoise};
+use super::{
+    Activation, BatchNorm, Conv2d, ConvTranspose2d, Embedding, GroupNorm, Linear, Ops, Pool,
+    TimestepEmbedding, denoise,
+};
 use crate::config::ModelConfig;
 use crate::{Error, Result};
 
 /// What a network is made of.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Shape of every parameter, by checkpoint name.
+    /// Shape of every tensor of a checkpoint, by name: parameters and statistics.
     pub parameters: BTreeMap<String, Vec<usize>>,
+    /// Names of those that training never changes: statistics and fixed tables.
+    pub frozen: BTreeSet<String>,
+    /// Names of the statistics among them, which nobody counts.
+    pub statistics: BTreeSet<String>,
     /// Multiply-accumulate operations per image, by layer, in order.
     pub macs: Vec<(String, u64)>,
 }
@@ -27,7 +34,8 @@ pub fn summarise(config: &ModelConfig) -> Result<Summary> {
 impl Summary {
     /// Numbers in all parameters.
     pub fn parameter_count(&self) -> usize {
-        self.parameters.values().map(|shape| shape.iter().product::<usize>()).sum()
+        let parameters = self.parameters.iter().filter(|(name, _)| !self.statistics.contains(*name));
+        parameters.map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
 
     /// Multiply-accumulate operations per image.
@@ -103,7 +111,14 @@ impl Ops for Shapes {
 
     fn embedding(&mut self, index: &Vec<usize>, name: &str, spec: Embedding) -> Result<Vec<usize>> {
         self.parameter(name, "weight", &[spec.rows, spec.features]);
+        if spec.frozen {
+            self.0.frozen.insert(format!("{name}.weight"));
+        }
         Ok(vec![index[0], spec.features])
+    }
+
+    fn unused(&mut self, name: &str, shape: &[usize]) {
+        self.0.parameters.insert(name.to_owned(), shape.to_vec());
     }
 
     fn linear(&mut self, x: &Vec<usize>, name: &str, spec: Linear) -> Result<Vec<usize>> {
@@ -143,7 +158,60 @@ impl Ops for Shapes {
         Ok(x.clone())
     }
 
-    fn silu(&mut self, x: &Vec<usize>) -> Result<Vec<usize>> {
+    fn conv_transpose2d(&mut self, x: &Vec<usize>, name: &str, spec: ConvTranspose2d) -> Result<Vec<usize>> {
+        expect(name, x, 1, spec.in_channels)?;
+        let side = |side: usize| {
+            let expected = format!("an image that is larger than the padding {}", spec.padding);
+            spec.output(side).ok_or_else(|| Error::Shape { name: name.to_owned(), got: x.clone(), expected })
+        };
+        let weight = [spec.in_channels, spec.out_channels, spec.kernel, spec.kernel];
+        self.parameter(name, "weight", &weight);
+        self.parameter(name, "bias", &weight[1..2]);
+        self.0.macs.push((name.to_owned(), (weight.iter().product::<usize>() * x[2] * x[3]) as u64));
+        Ok(vec![x[0], spec.out_channels, side(x[2])?, side(x[3])?])
+    }
+
+    fn batch_norm(&mut self, x: &Vec<usize>, name: &str, spec: BatchNorm) -> Result<Vec<usize>> {
+        expect(name, x, 1, spec.channels)?;
+        for suffix in ["weight", "bias", "running_mean", "running_var"] {
+            self.parameter(name, suffix, &[spec.channels]);
+        }
+        let statistics = ["running_mean", "running_var"].map(|suffix| format!("{name}.{suffix}"));
+        self.0.frozen.extend(statistics.clone());
+        self.0.statistics.extend(statistics);
+        Ok(x.clone())
+    }
+
+    fn activate(&mut self, x: &Vec<usize>, _activation: Activation) -> Result<Vec<usize>> {
+        Ok(x.clone())
+    }
+
+    fn pool(&mut self, x: &Vec<usize>, _pool: Pool, size: usize) -> Result<Vec<usize>> {
+        if x[2] < size || x[3] < size {
+            let expected = format!("an image of at least {size} by {size}");
+            return Err(Error::Shape { name: "pool".into(), got: x.clone(), expected });
+        }
+        Ok(vec![x[0], x[1], x[2] / size, x[3] / size])
+    }
+
+    fn one_hot(&mut self, index: &Vec<usize>, rows: usize) -> Result<Vec<usize>> {
+        Ok(vec![index[0], rows])
+    }
+
+    fn feature(&mut self, x: &Vec<usize>, _factor: f64) -> Result<Vec<usize>> {
+        Ok(vec![x[0], 1])
+    }
+
+    fn narrow(&mut self, x: &Vec<usize>, first: usize, count: usize) -> Result<Vec<usize>> {
+        if first + count <= x[1] {
+            return Ok([&[x[0], count], &x[2..]].concat());
+        }
+        let expected = format!("at least {} channels", first + count);
+        Err(Error::Shape { name: "narrow".into(), got: x.clone(), expected })
+    }
+
+    fn scale_channels(&mut self, x: &Vec<usize>, factor: &Vec<usize>) -> Result<Vec<usize>> {
+        expect("scale_channels", factor, 1, x[1])?;
         Ok(x.clone())
     }
 
@@ -208,12 +276,25 @@ mod tests {
     }
 
     #[test]
+    fn the_reference_networks_have_their_published_sizes() {
+        let context = r#"{"_class_name":"ContextUnet","n_feat":128}"#;
+        let celeba = r#"{"_class_name":"CelebaUNet"}"#;
+        for (text, count) in [(context, 6_585_601), (celeba, 426_691)] {
+            let config = ModelConfig::from_json(text).unwrap();
+            let summary = summarise(&config).unwrap();
+            assert_eq!(summary.parameter_count(), count, "{text}");
+            let again = ModelConfig::from_json(&serde_json::to_string(&config).unwrap()).unwrap();
+            assert_eq!(again, config);
+        }
+    }
+
+    #[test]
     fn config_round_trips_and_refuses_what_it_lacks() {
         let config = ModelConfig::from_json(CIFAR10).unwrap();
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(ModelConfig::from_json(&text).unwrap(), config);
         for (from, to, key) in [
-            ("\"silu\"", "\"mish\"", "act_fn"),
+            ("\"silu\"", "\"tanh\"", "act_fn"),
             ("\"freq_shift\":1", "\"freq_shift\":64", "freq_shift"),
             ("\"in_channels\":3", "\"in_channels\":4", "out_channels"),
             ("\"AttnUpBlock2D\"", "\"SkipUpBlock2D\"", "up_block_types"),

@@ -26,7 +26,7 @@ impl<'a> Operand<'a> {
     }
 
     /// From row `i` on.
-    fn from_row(self, i: usize) -> Self {
+    fn skip_rows(self, i: usize) -> Self {
         Self { first: self.first + i * self.row, ..self }
     }
 
@@ -48,7 +48,7 @@ fn product(a: Operand, b: Operand, size: [usize; 3], factor: f32, out: Window) {
     let [rows, depth, columns] = size;
     for i in (0..rows).step_by(ROWS) {
         let mut sums = Sums::new((rows - i).min(ROWS), columns);
-        let a = a.from_row(i).transposed();
+        let a = a.skip_rows(i).transposed();
         sums.correlate(a.summed_over_rows(), b.summed_over_rows(), [1, depth]);
         sums.store(factor, out.data, out.first + i * out.pitch, out.pitch);
     }

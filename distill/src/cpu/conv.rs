@@ -80,21 +80,27 @@ pub fn output_size(spec: &Conv2d, h: usize, w: usize) -> [usize; 2] {
 }
 
 /// `conv2d(x) + bias`; `weight` is `[out, in, kernel, kernel]`.
-pub fn forward(spec: &Conv2d, x: &Images, weight: &[f32], bias: &[f32]) -> Images {
-    Gather::forward(spec, weight).run(x, output_size(spec, x.h, x.w), Some(bias))
+pub fn forward(spec: &Conv2d, x: &Images, weight: &[f32], bias: Option<&[f32]>) -> Images {
+    Gather::forward(spec, weight).run(x, output_size(spec, x.h, x.w), bias)
 }
 
-/// Gradient with respect to the input, which has size `[h, w]`.
-pub fn backward_input(spec: &Conv2d, gradient: &Images, weight: &[f32], size: [usize; 2]) -> Images {
-    Gather::backward(spec, weight).run(gradient, size, None)
+/// Gradient of [`forward`] with respect to its input, which has size `[h, w]`; with a bias, the transposed convolution.
+pub fn backward_input(
+    spec: &Conv2d,
+    gradient: &Images,
+    weight: &[f32],
+    size: [usize; 2],
+    bias: Option<&[f32]>,
+) -> Images {
+    Gather::backward(spec, weight).run(gradient, size, bias)
 }
 
-/// Adds the gradients with respect to weight and bias.
-pub fn backward_weight(spec: &Conv2d, x: &Images, gradient: &Images, weight: &mut [f32], bias: &mut [f32]) {
+/// Adds the gradient of [`forward`] with respect to its weight.
+pub fn backward_weight(spec: &Conv2d, x: &Images, gradient: &Images, weight: &mut [f32]) {
     let gather = Gather::taps(spec);
     let taps = spec.kernel * spec.kernel;
     let depth = taps * spec.in_channels;
-    let partial: Vec<(Vec<f32>, Vec<f32>)> = x
+    let partial: Vec<Vec<f32>> = x
         .data
         .par_chunks(SUM_GROUPS * x.group())
         .zip(gradient.data.par_chunks(SUM_GROUPS * gradient.group()))
@@ -107,15 +113,32 @@ pub fn backward_weight(spec: &Conv2d, x: &Images, gradient: &Images, weight: &mu
             gather.sums(&padded, gradients, gradient)
         })
         .collect();
-    for (sums, d_bias) in partial {
+    for sums in partial {
         for (o, row) in sums.chunks_exact(depth).enumerate() {
             for (i, value) in row.iter().enumerate() {
                 let (tap, channel) = (i / spec.in_channels, i % spec.in_channels);
                 weight[(o * spec.in_channels + channel) * taps + tap] += value;
             }
         }
-        add_to(bias, &d_bias);
     }
+}
+
+/// Adds the gradient with respect to the bias: the sum of the gradient over images and pixels.
+pub fn backward_bias(gradient: &Images, bias: &mut [f32]) {
+    let pixel = gradient.pixel();
+    let partial: Vec<Vec<f32>> = gradient
+        .data
+        .par_chunks(gradient.group())
+        .map(|group| {
+            let mut sum = vec![0.0; pixel];
+            vectorised(
+                #[inline(always)]
+                || group.chunks_exact(pixel).for_each(|pixel| add_to(&mut sum, pixel)),
+            );
+            sum.chunks_exact(lanes()).map(|v| v.iter().sum()).collect()
+        })
+        .collect();
+    partial.iter().for_each(|sum| add_to(bias, sum));
 }
 
 impl Gather {
@@ -246,8 +269,8 @@ impl Gather {
         Padded { data: Data::Copy(data), top, left, pitch }
     }
 
-    /// Sums of gradient times input over some groups: `[out, taps·in]`, and of the gradient alone: `[out]`.
-    fn sums(&self, x: &[Padded], gradients: &[f32], shape: &Images) -> (Vec<f32>, Vec<f32>) {
+    /// Sums of gradient times input over some groups: `[out, taps·in]`.
+    fn sums(&self, x: &[Padded], gradients: &[f32], shape: &Images) -> Vec<f32> {
         let ([inputs, outputs], lanes) = (self.channels, lanes());
         let runs = &self.phases[0].runs;
         let depth = runs.iter().map(|run| run.columns * inputs).sum::<usize>();
@@ -282,11 +305,6 @@ impl Gather {
                 sums[(first + i) * depth + start..][..taps].copy_from_slice(row);
             }
         }
-        let mut bias = vec![0.0; outputs * lanes];
-        vectorised(
-            #[inline(always)]
-            || gradients.chunks_exact(outputs * lanes).for_each(|pixel| add_to(&mut bias, pixel)),
-        );
-        (sums, bias.chunks_exact(lanes).map(|v| v.iter().sum()).collect())
+        sums
     }
 }

@@ -1,9 +1,12 @@
 //! Operations without parameters that move values about or work value by value.
 
+use dmd_core::net::{Activation, Pool};
 use rayon::prelude::*;
 
 use super::images::Images;
-use super::simd::{add_to, lanes, sigmoid, silu_slope, vectorised};
+use super::simd::{
+    add_to, gelu_slope, lanes, mish_share, mish_slope, normal_share, sigmoid, silu_slope, vectorised,
+};
 
 /// Values per parallel task of a value-by-value operation.
 const TASK: usize = 1 << 15;
@@ -36,24 +39,34 @@ pub fn scale(x: &mut Images, factor: f32) {
     x.data.par_chunks_mut(TASK).for_each(|x| x.iter_mut().for_each(|x| *x *= factor));
 }
 
-/// `x·sigmoid(x)`.
-pub fn silu(x: &Images) -> Images {
+/// The activation of every value.
+pub fn activate(x: &Images, activation: Activation) -> Images {
     let mut y = x.copy();
     y.data.par_chunks_mut(TASK).for_each(|y| {
         vectorised(
             #[inline(always)]
-            || y.iter_mut().for_each(|y| *y *= sigmoid(*y)),
+            || match activation {
+                Activation::Silu => y.iter_mut().for_each(|y| *y *= sigmoid(*y)),
+                Activation::Gelu => y.iter_mut().for_each(|y| *y *= normal_share(*y)),
+                Activation::Relu => y.iter_mut().for_each(|y| *y = if *y > 0.0 { *y } else { 0.0 }),
+                Activation::Mish => y.iter_mut().for_each(|y| *y *= mish_share(*y)),
+            },
         );
     });
     y
 }
 
-/// Multiplies the gradient by the derivative of SiLU at `x`.
-pub fn silu_backward(x: &Images, gradient: &mut Images) {
+/// Multiplies the gradient by the activation's derivative at `x`.
+pub fn activate_backward(x: &Images, activation: Activation, gradient: &mut Images) {
     gradient.data.par_chunks_mut(TASK).zip(x.data.par_chunks(TASK)).for_each(|(gradient, x)| {
         vectorised(
             #[inline(always)]
-            || gradient.iter_mut().zip(x).for_each(|(gradient, x)| *gradient *= silu_slope(*x)),
+            || match activation {
+                Activation::Silu => gradient.iter_mut().zip(x).for_each(|(d, x)| *d *= silu_slope(*x)),
+                Activation::Gelu => gradient.iter_mut().zip(x).for_each(|(d, x)| *d *= gelu_slope(*x)),
+                Activation::Relu => gradient.iter_mut().zip(x).for_each(|(d, x)| *d *= f32::from(*x > 0.0)),
+                Activation::Mish => gradient.iter_mut().zip(x).for_each(|(d, x)| *d *= mish_slope(*x)),
+            },
         );
     });
 }
@@ -156,5 +169,123 @@ pub fn sum_squares(x: &Images) -> Images {
             },
         );
     });
+    out
+}
+
+/// `x` times the one-pixel image `factor` at every pixel.
+pub fn scale_channels(x: &Images, factor: &Images) -> Images {
+    let (mut out, pixel) = (x.like(), x.pixel());
+    let inputs = x.data.par_chunks(x.group()).zip(factor.data.par_chunks(pixel));
+    out.data.par_chunks_mut(x.group()).zip(inputs).for_each(|(out, (x, factor))| {
+        vectorised(
+            #[inline(always)]
+            || {
+                for (out, x) in out.chunks_exact_mut(pixel).zip(x.chunks_exact(pixel)) {
+                    out.iter_mut().zip(x).zip(factor).for_each(|((out, x), factor)| *out = x * factor);
+                }
+            },
+        );
+    });
+    out
+}
+
+/// `a·b`, value by value.
+pub fn multiply(a: &Images, b: &Images) -> Images {
+    let mut out = a.copy();
+    out.data.par_chunks_mut(TASK).zip(b.data.par_chunks(TASK)).for_each(|(out, b)| {
+        vectorised(
+            #[inline(always)]
+            || out.iter_mut().zip(b).for_each(|(out, b)| *out *= b),
+        );
+    });
+    out
+}
+
+/// Where the taps of the square of output pixel `pixel` start, in vectors of one value per lane and channel.
+fn square(pixel: usize, size: usize, out_width: usize, width: usize) -> impl Iterator<Item = usize> {
+    let (y, x) = (pixel / out_width * size, pixel % out_width * size);
+    (0..size * size).map(move |tap| (y + tap / size) * width + x + tap % size)
+}
+
+/// Each square of `size` by `size` pixels becomes one.
+pub fn pool(x: &Images, pool: Pool, size: usize) -> Images {
+    let (mut out, pixel) = (Images::stale(x.n, x.c, x.h / size, x.w / size), x.pixel());
+    let (group, width) = (out.group(), out.w);
+    out.data.par_chunks_mut(group).zip(x.data.par_chunks(x.group())).for_each(|(out, values)| {
+        vectorised(
+            #[inline(always)]
+            || {
+                for (i, out) in out.chunks_exact_mut(pixel).enumerate() {
+                    out.fill(if pool == Pool::Max { f32::NEG_INFINITY } else { 0.0 });
+                    for tap in square(i, size, width, x.w) {
+                        let values = &values[tap * pixel..][..pixel];
+                        match pool {
+                            Pool::Max => out.iter_mut().zip(values).for_each(|(out, v)| *out = out.max(*v)),
+                            Pool::Average => add_to(out, values),
+                        }
+                    }
+                    if pool == Pool::Average {
+                        out.iter_mut().for_each(|out| *out /= (size * size) as f32);
+                    }
+                }
+            },
+        );
+    });
+    out
+}
+
+/// Gradient of [`pool`] with respect to `x`, of which `y` is the result.
+pub fn pool_backward(x: &Images, y: &Images, pool: Pool, size: usize, gradient: &Images) -> Images {
+    let (mut out, pixel) = (x.like(), x.pixel());
+    let inputs = x.data.par_chunks(x.group()).zip(y.data.par_chunks(y.group()));
+    let inputs = inputs.zip(gradient.data.par_chunks(y.group()));
+    out.data.par_chunks_mut(x.group()).zip(inputs).for_each(|(out, ((values, y_values), gradient))| {
+        out.fill(0.0);
+        let mut rest = vec![0.0; pixel];
+        vectorised(
+            #[inline(always)]
+            || {
+                let pixels = gradient.chunks_exact(pixel).zip(y_values.chunks_exact(pixel));
+                for (i, (gradient, y_values)) in pixels.enumerate() {
+                    rest.copy_from_slice(gradient);
+                    for tap in square(i, size, y.w, x.w) {
+                        let (out, values) =
+                            (&mut out[tap * pixel..][..pixel], &values[tap * pixel..][..pixel]);
+                        match pool {
+                            Pool::Average => {
+                                let each = 1.0 / (size * size) as f32;
+                                out.iter_mut().zip(gradient).for_each(|(out, d)| *out = d * each);
+                            }
+                            // The first of equal values takes the gradient and leaves none for the others.
+                            Pool::Max => {
+                                let pairs = values.iter().zip(y_values).zip(&mut rest);
+                                for (out, ((value, top), rest)) in out.iter_mut().zip(pairs) {
+                                    let d = if value == top { *rest } else { 0.0 };
+                                    *out = d;
+                                    *rest = if value == top { 0.0 } else { *rest };
+                                }
+                            }
+                        }
+                    }
+                }
+            },
+        );
+    });
+    out
+}
+
+/// The gradient of [`narrow`]: zeros around the channels from `first` on.
+pub fn widen(gradient: &Images, first: usize, channels: usize) -> Images {
+    let mut out = Images::stale(gradient.n, channels, gradient.h, gradient.w);
+    out.data.fill(0.0);
+    let (pixel, start, wide) = (gradient.pixel(), first * lanes(), out.pixel());
+    let group = out.group();
+    out.data.par_chunks_mut(group).zip(gradient.data.par_chunks(gradient.group())).for_each(
+        |(out, group)| {
+            for (out, d) in out.chunks_exact_mut(wide).zip(group.chunks_exact(pixel)) {
+                out[start..start + pixel].copy_from_slice(d);
+            }
+        },
+    );
     out
 }

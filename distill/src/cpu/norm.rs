@@ -1,4 +1,5 @@
-//! GroupNorm, with SiLU fused, and its gradients. Wu and He 2018 (arXiv:1803.08494).
+//! GroupNorm, with SiLU fused (Wu and He 2018, arXiv:1803.08494), and BatchNorm with fixed statistics (Ioffe and Szegedy
+//! 2015, arXiv:1502.03167), with their gradients.
 
 use dmd_core::net::GroupNorm;
 use rayon::prelude::*;
@@ -160,4 +161,78 @@ fn over_group(spec: &GroupNorm, values: &[f32]) -> Vec<f32> {
 #[inline(always)]
 fn per_lane(values: &[f32]) -> Vec<f32> {
     values.iter().flat_map(|v| std::iter::repeat_n(*v, lanes())).collect()
+}
+
+/// BatchNorm with fixed statistics: mean and `1/sqrt(var + eps)` per channel and lane.
+pub struct Fixed(Statistics);
+
+impl Fixed {
+    /// From running mean and variance.
+    pub fn new(mean: &[f32], variance: &[f32], eps: f64) -> Self {
+        let scale: Vec<f32> = variance.iter().map(|v| 1.0 / (v + eps as f32).sqrt()).collect();
+        Self(Statistics { mean: per_lane(mean), scale: per_lane(&scale) })
+    }
+
+    /// `(x − mean)/sqrt(var + eps)·weight + bias`.
+    pub fn forward(&self, x: &Images, weight: &[f32], bias: &[f32]) -> Images {
+        let (mut y, pixel, bias) = (x.copy(), x.pixel(), per_lane(bias));
+        let factor: Vec<f32> = self.0.scale.iter().zip(per_lane(weight)).map(|(s, w)| s * w).collect();
+        y.data.par_chunks_mut(x.group()).for_each(|y| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for y in y.chunks_exact_mut(pixel) {
+                        let values = self.0.mean.iter().zip(&factor).zip(&bias);
+                        for (y, ((mean, factor), bias)) in y.iter_mut().zip(values) {
+                            *y = (*y - mean) * factor + bias;
+                        }
+                    }
+                },
+            );
+        });
+        y
+    }
+
+    /// Gradient with respect to `x`; adds those of weight and bias.
+    pub fn backward(
+        &self,
+        x: &Images,
+        weight: &[f32],
+        mut gradient: Images,
+        d_weight: &mut [f32],
+        d_bias: &mut [f32],
+    ) -> Images {
+        let pixel = x.pixel();
+        let factor: Vec<f32> = self.0.scale.iter().zip(per_lane(weight)).map(|(s, w)| s * w).collect();
+        let groups = gradient.data.par_chunks_mut(x.group()).zip(x.data.par_chunks(x.group()));
+        let partial: Vec<(Vec<f32>, Vec<f32>)> = groups
+            .map(|(gradient, x)| {
+                let (mut with_x, mut total) = (vec![0.0; pixel], vec![0.0; pixel]);
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for (d, x) in gradient.chunks_exact_mut(pixel).zip(x.chunks_exact(pixel)) {
+                            let values = x.iter().zip(&self.0.mean).zip(&factor);
+                            let sums = with_x.iter_mut().zip(total.iter_mut());
+                            for ((d, ((x, mean), factor)), (with_x, total)) in
+                                d.iter_mut().zip(values).zip(sums)
+                            {
+                                *with_x += *d * (x - mean);
+                                *total += *d;
+                                *d *= factor;
+                            }
+                        }
+                    },
+                );
+                with_x.iter_mut().zip(&self.0.scale).for_each(|(v, scale)| *v *= scale);
+                let reduce = |v: &[f32]| v.chunks_exact(lanes()).map(|lanes| lanes.iter().sum()).collect();
+                (reduce(&with_x), reduce(&total))
+            })
+            .collect();
+        for (with_x, total) in partial {
+            add_to(d_weight, &with_x);
+            add_to(d_bias, &total);
+        }
+        gradient
+    }
 }

@@ -5,7 +5,10 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, bail};
-use dmd_core::net::{Conv2d, Embedding, GroupNorm, Linear, Ops, TimestepEmbedding};
+use dmd_core::net::{
+    Activation, BatchNorm, Conv2d, ConvTranspose2d, Embedding, GroupNorm, Linear, Ops, Pool,
+    TimestepEmbedding,
+};
 
 use super::images::Images;
 use super::simd::add_to;
@@ -187,18 +190,19 @@ impl CpuOps<'_> {
     fn convolution(&mut self, x: &Value, name: &str, spec: Conv2d) -> Result<Value> {
         let layer = self.affine(name)?;
         let (weight, bias) = (&self.flat[layer.weight.clone()], &self.flat[layer.bias.clone()]);
-        let out = conv::forward(&spec, &x.images, weight, bias);
+        let out = conv::forward(&spec, &x.images, weight, Some(bias));
         let y = self.result(out, x.slot.is_some() || self.train);
         if let Some(slot) = y.slot {
             let (x, train) = (x.clone(), self.train);
             self.tape.push(slot, move |gradient, all| {
                 if train {
                     let [d_weight, d_bias] = all.pair(&layer.weight, &layer.bias);
-                    conv::backward_weight(&spec, &x.images, &gradient, d_weight, d_bias);
+                    conv::backward_weight(&spec, &x.images, &gradient, d_weight);
+                    conv::backward_bias(&gradient, d_bias);
                 }
                 if x.slot.is_some() {
                     let size = [x.images.h, x.images.w];
-                    let dx = conv::backward_input(&spec, &gradient, &all.flat[layer.weight], size);
+                    let dx = conv::backward_input(&spec, &gradient, &all.flat[layer.weight], size, None);
                     all.add(x.slot, dx);
                 }
             });
@@ -299,13 +303,107 @@ impl Ops for CpuOps<'_> {
         Ok(y)
     }
 
-    fn silu(&mut self, x: &Value) -> Result<Value> {
-        let y = self.result(layout::silu(&x.images), x.slot.is_some());
+    fn conv_transpose2d(&mut self, x: &Value, name: &str, spec: ConvTranspose2d) -> Result<Value> {
+        let (layer, conv) = (self.affine(name)?, spec.convolution());
+        let side = |side: usize| {
+            let expected = format!("an image that is larger than the padding {}", spec.padding);
+            let error = || dmd_core::Error::Shape { name: name.to_owned(), got: vec![side], expected };
+            spec.output(side).ok_or_else(error)
+        };
+        let size = [side(x.images.h)?, side(x.images.w)?];
+        let (weight, bias) = (&self.flat[layer.weight.clone()], &self.flat[layer.bias.clone()]);
+        let out = conv::backward_input(&conv, &x.images, weight, size, Some(bias));
+        let y = self.result(out, x.slot.is_some() || self.train);
+        if let Some(slot) = y.slot {
+            let (x, train) = (x.clone(), self.train);
+            self.tape.push(slot, move |gradient, all| {
+                if train {
+                    let [d_weight, d_bias] = all.pair(&layer.weight, &layer.bias);
+                    conv::backward_weight(&conv, &gradient, &x.images, d_weight);
+                    conv::backward_bias(&gradient, d_bias);
+                }
+                if x.slot.is_some() {
+                    all.add(x.slot, conv::forward(&conv, &gradient, &all.flat[layer.weight], None));
+                }
+            });
+        }
+        Ok(y)
+    }
+
+    fn batch_norm(&mut self, x: &Value, name: &str, spec: BatchNorm) -> Result<Value> {
+        let layer = self.affine(name)?;
+        let (mean, variance) = (self.place(name, "running_mean")?, self.place(name, "running_var")?);
+        let fixed = norm::Fixed::new(&self.flat[mean], &self.flat[variance], spec.eps);
+        let (weight, bias) = (&self.flat[layer.weight.clone()], &self.flat[layer.bias.clone()]);
+        let y = self.result(fixed.forward(&x.images, weight, bias), x.slot.is_some() || self.train);
+        if let Some(slot) = y.slot {
+            let x = x.clone();
+            self.tape.push(slot, move |gradient, all| {
+                let flat = all.flat;
+                let weight = &flat[layer.weight.clone()];
+                let [d_weight, d_bias] = all.pair(&layer.weight, &layer.bias);
+                let dx = fixed.backward(&x.images, weight, gradient, d_weight, d_bias);
+                all.add(x.slot, dx);
+            });
+        }
+        Ok(y)
+    }
+
+    fn activate(&mut self, x: &Value, activation: Activation) -> Result<Value> {
+        let y = self.result(layout::activate(&x.images, activation), x.slot.is_some());
         if let Some(slot) = y.slot {
             let x = x.clone();
             self.tape.push(slot, move |mut gradient, all| {
-                layout::silu_backward(&x.images, &mut gradient);
+                layout::activate_backward(&x.images, activation, &mut gradient);
                 all.add(x.slot, gradient);
+            });
+        }
+        Ok(y)
+    }
+
+    fn pool(&mut self, x: &Value, pool: Pool, size: usize) -> Result<Value> {
+        let y = self.result(layout::pool(&x.images, pool, size), x.slot.is_some());
+        if let Some(slot) = y.slot {
+            let (x, y) = (x.clone(), y.images.clone());
+            self.tape.push(slot, move |gradient, all| {
+                all.add(x.slot, layout::pool_backward(&x.images, &y, pool, size, &gradient));
+            });
+        }
+        Ok(y)
+    }
+
+    fn one_hot(&mut self, index: &Value, rows: usize) -> Result<Value> {
+        let mut values = vec![0.0; index.images.n];
+        index.images.to_nchw(&mut values);
+        let ones = values.iter().flat_map(|index| (0..rows).map(move |row| f32::from(row as f32 == *index)));
+        Ok(self.constant(Images::from_nchw(&ones.collect::<Vec<_>>(), [values.len(), rows, 1, 1])))
+    }
+
+    fn feature(&mut self, x: &Value, factor: f64) -> Result<Value> {
+        self.scale(x, factor)
+    }
+
+    fn narrow(&mut self, x: &Value, first: usize, count: usize) -> Result<Value> {
+        let y = self.result(layout::narrow(&x.images, first, count), x.slot.is_some());
+        if let Some(slot) = y.slot {
+            let (channels, x) = (x.images.c, x.slot);
+            self.tape.push(slot, move |gradient, all| all.add(x, layout::widen(&gradient, first, channels)));
+        }
+        Ok(y)
+    }
+
+    fn scale_channels(&mut self, x: &Value, factor: &Value) -> Result<Value> {
+        let n = x.images.n.max(factor.images.n);
+        let (x, factor) = (self.broadcast(x, n), self.broadcast(factor, n));
+        let out = layout::scale_channels(&x.images, &factor.images);
+        let y = self.result(out, x.slot.or(factor.slot).is_some());
+        if let Some(slot) = y.slot {
+            self.tape.push(slot, move |gradient, all| {
+                if factor.slot.is_some() {
+                    let product = layout::multiply(&gradient, &x.images);
+                    all.add(factor.slot, layout::sum_pixels(&product));
+                }
+                all.add(x.slot, layout::scale_channels(&gradient, &factor.images));
             });
         }
         Ok(y)

@@ -63,6 +63,40 @@ pub fn silu_slope(x: f32) -> f32 {
     s * (1.0 + x * (1.0 - s))
 }
 
+/// `Φ(x) = (1 + erf(x/√2))/2`; Abramowitz and Stegun 1964, 7.1.26, off by at most 1e-7.
+#[inline(always)]
+pub fn normal_share(x: f32) -> f32 {
+    let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
+    let t = 1.0 / (1.0 + 0.327_591_1 * z);
+    let p = 0.254_829_6 + t * (-0.284_496_74 + t * (1.421_413_8 + t * (-1.453_152 + t * 1.061_405_4)));
+    let tail = 0.5 * p * t * exp(-z * z);
+    if x < 0.0 { tail } else { 1.0 - tail }
+}
+
+/// Derivative of `x·Φ(x)`.
+#[inline(always)]
+pub fn gelu_slope(x: f32) -> f32 {
+    const DENSITY: f32 = 0.398_942_3;
+    normal_share(x) + x * DENSITY * exp(-0.5 * x * x)
+}
+
+/// `tanh(ln(1 + exp(x)))`.
+#[inline(always)]
+pub fn mish_share(x: f32) -> f32 {
+    let e = exp(x.min(20.0));
+    let above = e * e + 2.0 * e;
+    above / (above + 2.0)
+}
+
+/// Derivative of `x·tanh(ln(1 + exp(x)))`.
+#[inline(always)]
+pub fn mish_slope(x: f32) -> f32 {
+    let e = exp(x.min(20.0));
+    let above = e * e + 2.0 * e;
+    let below = above + 2.0;
+    above / below + x * (4.0 * e * (e + 1.0) / below) / below
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -283,13 +283,14 @@ impl WithSimd for Correlate<'_> {
             pack(gradient, from, channels, self.gradient.place[3], packed_gradient);
             for tap in (0..taps).step_by(TAPS * SUM_TILES) {
                 let width = (taps - tap).min(TAPS * SUM_TILES);
+                let part = tap / TAPS..(tap + width).div_ceil(TAPS);
                 let step = self.x.place[3];
                 let from = pixels.clone().map(|pixel| self.x.at(pixel, self.columns) + tap * step);
                 pack(x, from, width, step, packed_x);
                 for (row, gradient) in
                     tiles.chunks_exact_mut(taps.div_ceil(TAPS)).zip(packed_gradient.chunks_exact(count))
                 {
-                    for (tile, x) in row[tap / TAPS..].iter_mut().zip(packed_x.chunks_exact(count)) {
+                    for (tile, x) in row[part.clone()].iter_mut().zip(packed_x.chunks_exact(count)) {
                         correlate_tile(simd, tile, gradient, x);
                     }
                 }

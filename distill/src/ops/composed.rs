@@ -2,7 +2,7 @@
 //! CPU kernels are checked against.
 
 use candle_core::{D, Result, Tensor};
-use dmd_core::net::{Conv2d, GroupNorm};
+use dmd_core::net::{Activation, Conv2d, GroupNorm, Pool};
 
 /// See [`dmd_core::net::Ops::conv2d`]. What a stride leaves unread is cut off, because candle's gradient has the wrong
 /// shape otherwise.
@@ -54,4 +54,32 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Ten
     let scores = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
     let weights = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?;
     v.matmul(&weights.transpose(1, 2)?.contiguous()?)?.reshape((n, c, h, w))
+}
+
+/// See [`dmd_core::net::Ops::activate`]; candle's own `relu` has the gradient 1 at 0.
+pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    match activation {
+        Activation::Silu => x.silu(),
+        Activation::Gelu => x.gelu_erf(),
+        Activation::Relu => x * x.gt(0.0)?.to_dtype(x.dtype())?,
+        // tanh(ln(1 + e)) = (e² + 2e)/(e² + 2e + 2), which is 1 in f32 long before e² overflows.
+        Activation::Mish => {
+            let e = x.minimum(20.0)?.exp()?;
+            let above = (e.sqr()? + (e * 2.0)?)?;
+            x * (&above / (&above + 2.0)?)?
+        }
+    }
+}
+
+/// See [`dmd_core::net::Ops::pool`]; candle's own pools have wrong gradients.
+pub fn pool(x: &Tensor, pool: Pool, size: usize) -> Result<Tensor> {
+    let (n, c, h, w) = x.dims4()?;
+    let (oh, ow) = (h / size, w / size);
+    let squares = x.narrow(2, 0, oh * size)?.narrow(3, 0, ow * size)?.reshape((n * c, oh, size, ow, size))?;
+    let squares = squares.permute((0, 1, 3, 2, 4))?.reshape((n * c * oh * ow, size * size))?;
+    let y = match pool {
+        Pool::Max => squares.gather(&squares.argmax_keepdim(1)?, 1)?,
+        Pool::Average => squares.mean_keepdim(1)?,
+    };
+    y.reshape((n, c, oh, ow))
 }

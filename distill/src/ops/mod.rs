@@ -7,7 +7,10 @@ mod composed;
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Result, Tensor};
-use dmd_core::net::{Conv2d, Embedding, GroupNorm, Linear, Ops, TimestepEmbedding};
+use dmd_core::net::{
+    Activation, BatchNorm, Conv2d, ConvTranspose2d, Embedding, GroupNorm, Linear, Ops, Pool,
+    TimestepEmbedding,
+};
 
 /// What can go wrong while a network runs.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +73,7 @@ impl Ops for CandleOps<'_> {
     }
 
     fn embedding(&mut self, index: &Tensor, name: &str, _: Embedding) -> std::result::Result<Tensor, Error> {
-        Ok(self.get(name, "weight")?.index_select(index, 0)?)
+        Ok(self.get(name, "weight")?.index_select(&index.to_dtype(DType::U32)?, 0)?)
     }
 
     fn linear(&mut self, x: &Tensor, name: &str, _: Linear) -> std::result::Result<Tensor, Error> {
@@ -101,8 +104,51 @@ impl Ops for CandleOps<'_> {
         Ok(composed::group_norm(x, weight, bias, spec)?)
     }
 
-    fn silu(&mut self, x: &Tensor) -> std::result::Result<Tensor, Error> {
-        Ok(x.silu()?)
+    fn conv_transpose2d(
+        &mut self,
+        x: &Tensor,
+        name: &str,
+        spec: ConvTranspose2d,
+    ) -> std::result::Result<Tensor, Error> {
+        let (weight, bias) = self.affine(name)?;
+        let y = x.conv_transpose2d(weight, spec.padding, 0, spec.stride, 1)?;
+        Ok(y.broadcast_add(&bias.reshape((1, spec.out_channels, 1, 1))?)?)
+    }
+
+    fn batch_norm(&mut self, x: &Tensor, name: &str, spec: BatchNorm) -> std::result::Result<Tensor, Error> {
+        let (weight, bias) = self.affine(name)?;
+        let (mean, variance) = (self.get(name, "running_mean")?, self.get(name, "running_var")?);
+        let deviation = (variance + spec.eps)?.sqrt()?;
+        let per_channel = |v: &Tensor| v.reshape((1, spec.channels, 1, 1));
+        let normal = x.broadcast_sub(&per_channel(mean)?)?.broadcast_div(&per_channel(&deviation)?)?;
+        Ok(normal.broadcast_mul(&per_channel(weight)?)?.broadcast_add(&per_channel(bias)?)?)
+    }
+
+    fn activate(&mut self, x: &Tensor, activation: Activation) -> std::result::Result<Tensor, Error> {
+        Ok(composed::activate(x, activation)?)
+    }
+
+    fn pool(&mut self, x: &Tensor, pool: Pool, size: usize) -> std::result::Result<Tensor, Error> {
+        Ok(composed::pool(x, pool, size)?)
+    }
+
+    fn one_hot(&mut self, index: &Tensor, rows: usize) -> std::result::Result<Tensor, Error> {
+        let (n, index) = (index.dims1()?, index.to_dtype(DType::F32)?.unsqueeze(1)?);
+        let rows = Tensor::arange(0.0, rows as f32, self.device)?.unsqueeze(0)?;
+        let shape = (n, rows.dim(1)?);
+        Ok(index.broadcast_as(shape)?.eq(&rows.broadcast_as(shape)?)?.to_dtype(DType::F32)?)
+    }
+
+    fn feature(&mut self, x: &Tensor, factor: f64) -> std::result::Result<Tensor, Error> {
+        Ok((x.to_dtype(DType::F32)? * factor)?.unsqueeze(1)?)
+    }
+
+    fn narrow(&mut self, x: &Tensor, first: usize, count: usize) -> std::result::Result<Tensor, Error> {
+        Ok(x.narrow(1, first, count)?.contiguous()?)
+    }
+
+    fn scale_channels(&mut self, x: &Tensor, factor: &Tensor) -> std::result::Result<Tensor, Error> {
+        Ok(x.broadcast_mul(&factor.unsqueeze(2)?.unsqueeze(3)?)?)
     }
 
     fn add(&mut self, a: &Tensor, b: &Tensor) -> std::result::Result<Tensor, Error> {

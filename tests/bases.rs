@@ -1,0 +1,116 @@
+//! The reference bases at full size, and small networks with every option, against PyTorch and diffusers: golden
+//! `scripts/golden_bases.py`, weights from seeds.
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device, Tensor};
+use dmd_core::card::{Classes, Provenance};
+use dmd_core::compare::Tolerance;
+use dmd_core::net::shapes::summarise;
+use dmd_distill::network::{Network, Tensors};
+use dmd_export::{Array, Checkpoint, Kind, export};
+use dmd_runtime_native::{Batch, Model, ModelFile, Options, Provider};
+use dmd_tests::{Golden, compare, compare_scaled, seeded};
+
+const CPU: Device = Device::Cpu;
+/// The bound on predicted noise for training, and for exported files.
+const ENGINE: Tolerance = Tolerance { abs: 2e-5, rel: 0.0 };
+const EXPORTED: Tolerance = Tolerance { abs: 1e-4, rel: 0.0 };
+
+fn cases() -> Result<(Golden, Vec<(String, serde_json::Value)>)> {
+    let golden = Golden::load("bases")?;
+    let cases = golden.cases()?.as_object().context("cases")?.clone();
+    ensure!(cases.len() == 11, "{} cases", cases.len());
+    Ok((golden, cases.into_iter().collect()))
+}
+
+fn tensor(golden: &Golden, name: &str) -> Result<Tensor> {
+    Ok(Tensor::from_vec(golden.f32(name)?, golden.shape(name)?, &CPU)?)
+}
+
+fn whole(golden: &Golden, name: &str) -> Result<Option<Vec<u32>>> {
+    if !golden.has(name) {
+        return Ok(None);
+    }
+    Ok(Some(golden.i64(name)?.into_iter().map(u32::try_from).collect::<Result<_, _>>()?))
+}
+
+/// Step indices as f32.
+fn steps(golden: &Golden, case: &str) -> Result<Vec<f32>> {
+    Ok(whole(golden, &format!("{case}.t"))?.context("t")?.iter().map(|t| *t as f32).collect())
+}
+
+#[test]
+fn the_engine_matches_pytorch_with_every_gradient() -> Result<()> {
+    let (golden, cases) = cases()?;
+    for (case, about) in cases {
+        let (config, seed) = seeded::case(&about)?;
+        let parameters = about["parameters"].as_u64().context("parameters")?;
+        ensure!(summarise(&config)?.parameter_count() as u64 == parameters, "{case}");
+        let weights = seeded::weights(&config, seed)?;
+        let weights: Tensors = (weights.into_iter())
+            .map(|(name, t)| Ok((name, Tensor::from_vec(t.data, t.shape, &CPU)?)))
+            .collect::<Result<_>>()?;
+        let with_gradients = golden.has(&format!("{case}.cotangent"));
+        let network = match with_gradients {
+            true => Network::trainable(&config, &weights, &CPU)?,
+            false => Network::frozen(&config, &weights, &CPU)?,
+        };
+        let class = whole(&golden, &format!("{case}.class"))?;
+        let class = class.map(|class| Tensor::new(class, &CPU)).transpose()?;
+        let t = Tensor::new(steps(&golden, &case)?, &CPU)?;
+        let eps_pred = network.eps_pred(&tensor(&golden, &format!("{case}.x_t"))?, &t, class.as_ref())?;
+        let expected = golden.f32(&format!("{case}.eps_pred"))?;
+        compare(&case, &eps_pred.flatten_all()?.to_vec1()?, &expected, ENGINE)?;
+        if !with_gradients {
+            continue;
+        }
+        let loss = (eps_pred * tensor(&golden, &format!("{case}.cotangent"))?)?.mean_all()?;
+        let gradients = loss.backward()?;
+        let names = golden.names_under(&format!("{case}.grad.")).count();
+        ensure!(names == network.variables().len(), "{case}: {names} gradients");
+        for (name, var) in network.variables() {
+            let expected = golden.f32(&format!("{case}.grad.{name}"))?;
+            let got = gradients.get(var).with_context(|| format!("{case}: no gradient of {name}"))?;
+            compare_scaled(
+                &format!("{case}, {name}"),
+                &got.flatten_all()?.to_vec1()?,
+                &expected,
+                1e-5,
+                1e-8,
+            )?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn exported_teachers_match_pytorch_in_both_engines() -> Result<()> {
+    let (golden, cases) = cases()?;
+    for (case, about) in cases {
+        let (config, seed) = seeded::case(&about)?;
+        let weights = (seeded::weights(&config, seed)?.into_iter())
+            .map(|(name, t)| Ok((name, Array::new(&t.shape, t.data)?)))
+            .collect::<Result<_>>()?;
+        let classes = config.class_rows().map(|count| Classes { count, names: vec![], none: None });
+        let checkpoint = Checkpoint {
+            config,
+            schedule: serde_json::from_str(r#"{"num_train_timesteps": 1000}"#)?,
+            generator: None,
+            provenance: Provenance { classes, ..Provenance::named(case.clone()) },
+            weights,
+        };
+        let x_t = golden.tensor(&format!("{case}.x_t"))?;
+        let (t, n) = (steps(&golden, &case)?, x_t.shape[0]);
+        let class = whole(&golden, &format!("{case}.class"))?.unwrap_or_else(|| vec![0; n]);
+        let class: Vec<i64> = class.into_iter().map(i64::from).collect();
+        let expected = golden.f32(&format!("{case}.eps_pred"))?;
+        let bytes = export(&checkpoint, Kind::Teacher)?.bytes;
+        for provider in [Provider::Tract, Provider::Cpu] {
+            let options = Options { provider, threads: Some(2), ort_lib: None };
+            let mut model = Model::load(ModelFile::parse(&case, bytes.clone())?, &options)?;
+            let got = model.evaluate(&Batch { n, x: &x_t.data, t: &t, class: &class })?;
+            compare(&format!("{case} by {provider}"), &got, &expected, EXPORTED)?;
+        }
+    }
+    Ok(())
+}
