@@ -129,7 +129,7 @@ fn a_damaged_checkpoint_is_refused_by_file_and_key() -> Result<()> {
     let config = fs::read_to_string(copy.join("config.json"))?;
     let weights = fs::read(copy.join(WEIGHTS))?;
     expect("config.json", b"{", &["config.json", "JSON"])?;
-    expect("config.json", config.replace("\"silu\"", "\"mish\"").as_bytes(), &["config.json", "act_fn"])?;
+    expect("config.json", config.replace("\"silu\"", "\"tanh\"").as_bytes(), &["config.json", "act_fn"])?;
     let wider = config.replacen("\"sample_size\": 12", "\"sample_size\": 10", 1);
     ensure!(wider != config);
     expect("config.json", wider.as_bytes(), &["sample_size"])?;
