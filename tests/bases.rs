@@ -2,11 +2,14 @@
 //! `scripts/golden_bases.py`, weights from seeds.
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use dmd_core::card::{Classes, Provenance};
 use dmd_core::compare::Tolerance;
+use dmd_core::config::ModelConfig;
+use dmd_core::net::denoise;
 use dmd_core::net::shapes::summarise;
 use dmd_distill::network::{Network, Tensors};
+use dmd_distill::ops::CandleOps;
 use dmd_export::{Array, Checkpoint, Kind, export};
 use dmd_runtime_native::{Batch, Model, ModelFile, Options, Provider};
 use dmd_tests::{Golden, compare, compare_scaled, seeded};
@@ -39,6 +42,11 @@ fn steps(golden: &Golden, case: &str) -> Result<Vec<f32>> {
     Ok(whole(golden, &format!("{case}.t"))?.context("t")?.iter().map(|t| *t as f32).collect())
 }
 
+fn candle_weights(config: &ModelConfig, seed: u64) -> Result<Tensors> {
+    let weights = seeded::weights(config, seed)?.into_iter();
+    weights.map(|(name, t)| Ok((name, Tensor::from_vec(t.data, t.shape, &CPU)?))).collect()
+}
+
 #[test]
 fn the_engine_matches_pytorch_with_every_gradient() -> Result<()> {
     let (golden, cases) = cases()?;
@@ -46,10 +54,7 @@ fn the_engine_matches_pytorch_with_every_gradient() -> Result<()> {
         let (config, seed) = seeded::case(&about)?;
         let parameters = about["parameters"].as_u64().context("parameters")?;
         ensure!(summarise(&config)?.parameter_count() as u64 == parameters, "{case}");
-        let weights = seeded::weights(&config, seed)?;
-        let weights: Tensors = (weights.into_iter())
-            .map(|(name, t)| Ok((name, Tensor::from_vec(t.data, t.shape, &CPU)?)))
-            .collect::<Result<_>>()?;
+        let weights = candle_weights(&config, seed)?;
         let with_gradients = golden.has(&format!("{case}.cotangent"));
         let network = match with_gradients {
             true => Network::trainable(&config, &weights, &CPU)?,
@@ -78,6 +83,30 @@ fn the_engine_matches_pytorch_with_every_gradient() -> Result<()> {
                 1e-5,
                 1e-8,
             )?;
+        }
+    }
+    Ok(())
+}
+
+/// What GPUs use, here on the CPU: candle's operations, also with images and parameters of 16 bits. (candle convolves
+/// f16 on the CPU, not bf16; the conversions are the same.)
+#[test]
+fn compositions_of_candle_match_pytorch_in_both_precisions() -> Result<()> {
+    let (golden, cases) = cases()?;
+    for (case, about) in cases.iter().filter(|(case, _)| case.starts_with("small")) {
+        let (config, seed) = seeded::case(about)?;
+        let weights = candle_weights(&config, seed)?;
+        let class = whole(&golden, &format!("{case}.class"))?;
+        let class = class.map(|class| Tensor::new(class, &CPU)).transpose()?;
+        let t = Tensor::new(steps(&golden, case)?, &CPU)?;
+        let x_t = tensor(&golden, &format!("{case}.x_t"))?;
+        let expected = golden.f32(&format!("{case}.eps_pred"))?;
+        for (dtype, abs) in [(DType::F32, ENGINE.abs), (DType::F16, 2e-2)] {
+            let mut ops = CandleOps::new(&weights, &CPU).in_type(dtype);
+            let eps_pred = denoise(&mut ops, &config, &x_t.to_dtype(dtype)?, &t, class.as_ref())?;
+            ensure!(eps_pred.dtype() == dtype, "{case}: {:?}", eps_pred.dtype());
+            let eps_pred = eps_pred.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+            compare(&format!("{case} in {dtype:?}"), &eps_pred, &expected, Tolerance { abs, rel: 0.0 })?;
         }
     }
     Ok(())

@@ -224,7 +224,7 @@ fn a_damaged_base_is_refused_by_file_and_tensor() -> Result<()> {
             Box::new(replace("\"sample_size\": 12", "\"sample_size\": 13")),
             vec!["`sample_size`", "13", "multiple of 4"],
         ),
-        ("config.json", Box::new(replace("\"silu\"", "\"mish\"")), vec!["`act_fn`", "mish"]),
+        ("config.json", Box::new(replace("\"silu\"", "\"tanh\"")), vec!["`act_fn`", "tanh"]),
         ("config.json", Box::new(|_| Some(b"{".to_vec())), vec!["config.json"]),
     ];
     for (file, change, says) in cases {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use dmd_core::config::ModelConfig;
 use dmd_core::net::{OneStep, celeba_unet, denoise, one_step, shapes};
 
@@ -21,6 +21,8 @@ pub struct Network {
     parameters: Tensors,
     variables: Vec<(String, Var)>,
     device: Device,
+    /// What predictions are computed in.
+    dtype: DType,
 }
 
 impl Network {
@@ -30,7 +32,13 @@ impl Network {
         for (name, tensor) in tensors {
             parameters.insert(name.clone(), tensor.to_device(device)?.detach());
         }
-        Ok(Self { config: config.clone(), parameters, variables: Vec::new(), device: device.clone() })
+        Ok(Self {
+            config: config.clone(),
+            parameters,
+            variables: Vec::new(),
+            device: device.clone(),
+            dtype: DType::F32,
+        })
     }
 
     /// A copy of the weights as variables, in the order of their names; statistics and fixed tables stay as they are.
@@ -46,13 +54,22 @@ impl Network {
             parameters.insert(name.clone(), var.as_tensor().clone());
             variables.push((name.clone(), var));
         }
-        Ok(Self { config: config.clone(), parameters, variables, device: device.clone() })
+        Ok(Self { config: config.clone(), parameters, variables, device: device.clone(), dtype: DType::F32 })
     }
 
     /// The same weights, following every later update, without gradients: nothing is kept for a backward pass.
     pub fn without_gradient(&self) -> Self {
         let parameters = self.parameters.iter().map(|(name, t)| (name.clone(), t.detach())).collect();
-        Self { config: self.config.clone(), parameters, variables: Vec::new(), device: self.device.clone() }
+        let (config, device, dtype) = (self.config.clone(), self.device.clone(), self.dtype);
+        Self { config, parameters, variables: Vec::new(), device, dtype }
+    }
+
+    /// Predicts noise in bf16 on a GPU, half the time and memory; the weights it follows stay f32. For networks whose
+    /// prediction gets no gradient. f16 is not offered: its range is too small for these networks. On the CPU
+    /// nothing changes.
+    pub fn in_bf16_on_gpu(self) -> Self {
+        let dtype = if self.device.is_cuda() { DType::BF16 } else { self.dtype };
+        Self { dtype, ..self }
     }
 
     /// Predicted noise.
@@ -61,8 +78,9 @@ impl Network {
     /// `x_t` `[n, c, h, w]`, `t` `[n]` or `[1]` f32, `class` `[n]` u32; returns `[n, c, h, w]`.
     pub fn eps_pred(&self, x_t: &Tensor, t: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
         if !self.device.is_cpu() {
-            let mut ops = CandleOps::new(&self.parameters, &self.device);
-            return Ok(denoise(&mut ops, &self.config, x_t, t, class)?);
+            let mut ops = CandleOps::new(&self.parameters, &self.device).in_type(self.dtype);
+            let eps_pred = denoise(&mut ops, &self.config, &x_t.to_dtype(self.dtype)?, t, class)?;
+            return Ok(eps_pred.to_dtype(DType::F32)?);
         }
         let (config, class) = (self.config.clone(), numbers(class)?);
         let t = t.to_vec1::<f32>()?;

@@ -1,8 +1,8 @@
 //! Operations composed of candle's own, each with a right gradient on every device: what CUDA uses, and what the
 //! CPU kernels are checked against.
 
-use candle_core::{D, Result, Tensor};
-use dmd_core::net::{Activation, Conv2d, GroupNorm, Pool};
+use candle_core::{D, DType, Result, Tensor};
+use dmd_core::net::{Activation, BatchNorm, Conv2d, GroupNorm, Pool};
 
 /// See [`dmd_core::net::Ops::conv2d`]. What a stride leaves unread is cut off, because candle's gradient has the wrong
 /// shape otherwise.
@@ -24,13 +24,29 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, spec: Conv2d) -> Resul
 /// See [`dmd_core::net::Ops::group_norm`].
 pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, spec: GroupNorm) -> Result<Tensor> {
     let (n, c, h, w) = x.dims4()?;
-    let grouped = x.reshape((n, spec.groups, c / spec.groups * h * w))?;
+    let grouped = x.to_dtype(DType::F32)?.reshape((n, spec.groups, c / spec.groups * h * w))?;
     let centred = grouped.broadcast_sub(&grouped.mean_keepdim(2)?)?;
     let variance = centred.sqr()?.mean_keepdim(2)?;
     let normal = centred.broadcast_div(&(variance + spec.eps)?.sqrt()?)?.reshape((n, c, h, w))?;
-    let y =
-        normal.broadcast_mul(&weight.reshape((1, c, 1, 1))?)?.broadcast_add(&bias.reshape((1, c, 1, 1))?)?;
-    if spec.silu { y.silu() } else { Ok(y) }
+    let y = normal.broadcast_mul(&per_channel(weight)?)?.broadcast_add(&per_channel(bias)?)?;
+    let y = if spec.silu { y.silu()? } else { y };
+    y.to_dtype(x.dtype())
+}
+
+/// See [`dmd_core::net::Ops::batch_norm`]; weight, bias, mean and variance.
+pub fn batch_norm(
+    x: &Tensor,
+    [weight, bias, mean, variance]: [&Tensor; 4],
+    spec: BatchNorm,
+) -> Result<Tensor> {
+    let deviation = (per_channel(variance)? + spec.eps)?.sqrt()?;
+    let normal = x.to_dtype(DType::F32)?.broadcast_sub(&per_channel(mean)?)?.broadcast_div(&deviation)?;
+    normal.broadcast_mul(&per_channel(weight)?)?.broadcast_add(&per_channel(bias)?)?.to_dtype(x.dtype())
+}
+
+/// A value per channel as f32 `[1, c, 1, 1]`.
+fn per_channel(values: &Tensor) -> Result<Tensor> {
+    values.to_dtype(DType::F32)?.reshape((1, (), 1, 1))
 }
 
 /// See [`dmd_core::net::Ops::add_bias`].
@@ -50,9 +66,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Ten
     let split = |x: &Tensor| x.reshape((n * heads, c / heads, h * w));
     let (q, k, v) = (split(q)?, split(k)?, split(v)?);
     let q = (q * ((c / heads) as f64).powf(-0.5))?;
-    let scores = q.transpose(1, 2)?.contiguous()?.matmul(&k)?;
+    let scores = q.transpose(1, 2)?.contiguous()?.matmul(&k)?.to_dtype(DType::F32)?;
     let scores = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
-    let weights = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?;
+    let weights = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?.to_dtype(v.dtype())?;
     v.matmul(&weights.transpose(1, 2)?.contiguous()?)?.reshape((n, c, h, w))
 }
 

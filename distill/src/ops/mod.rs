@@ -25,23 +25,32 @@ pub enum Error {
 }
 
 /// [`Ops`] on candle tensors; parameters by checkpoint name. A parameter that is a variable gets a gradient.
+///
+/// Everything is computed in one type; sums that lose too much in 16 bits (normalisation, softmax) are made in f32.
 pub struct CandleOps<'a> {
     parameters: &'a BTreeMap<String, Tensor>,
     device: &'a Device,
+    dtype: DType,
 }
 
 impl<'a> CandleOps<'a> {
     /// Runs networks with these parameters, which are all on `device`.
     pub fn new(parameters: &'a BTreeMap<String, Tensor>, device: &'a Device) -> Self {
-        Self { parameters, device }
+        Self { parameters, device, dtype: DType::F32 }
     }
 
-    fn get(&self, name: &str, suffix: &str) -> Result<&'a Tensor> {
+    /// Computes in another type: parameters are converted where they are used, images must come in it.
+    pub fn in_type(self, dtype: DType) -> Self {
+        Self { dtype, ..self }
+    }
+
+    fn get(&self, name: &str, suffix: &str) -> Result<Tensor> {
         let key = format!("{name}.{suffix}");
-        self.parameters.get(&key).ok_or_else(|| candle_core::Error::CannotFindTensor { path: key }.bt())
+        let tensor = self.parameters.get(&key);
+        tensor.ok_or_else(|| candle_core::Error::CannotFindTensor { path: key }.bt())?.to_dtype(self.dtype)
     }
 
-    fn affine(&self, name: &str) -> Result<(&'a Tensor, &'a Tensor)> {
+    fn affine(&self, name: &str) -> Result<(Tensor, Tensor)> {
         Ok((self.get(name, "weight")?, self.get(name, "bias")?))
     }
 }
@@ -69,7 +78,7 @@ impl Ops for CandleOps<'_> {
         let angle = t.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?;
         let (sin, cos) = (angle.sin()?, angle.cos()?);
         let halves = if spec.flip_sin_to_cos { [cos, sin] } else { [sin, cos] };
-        Ok(Tensor::cat(&halves, 1)?)
+        Ok(Tensor::cat(&halves, 1)?.to_dtype(self.dtype)?)
     }
 
     fn embedding(&mut self, index: &Tensor, name: &str, _: Embedding) -> std::result::Result<Tensor, Error> {
@@ -78,7 +87,7 @@ impl Ops for CandleOps<'_> {
 
     fn linear(&mut self, x: &Tensor, name: &str, _: Linear) -> std::result::Result<Tensor, Error> {
         let (weight, bias) = self.affine(name)?;
-        Ok(x.matmul(&weight.t()?)?.broadcast_add(bias)?)
+        Ok(x.matmul(&weight.t()?)?.broadcast_add(&bias)?)
     }
 
     fn pointwise(&mut self, x: &Tensor, name: &str, spec: Linear) -> std::result::Result<Tensor, Error> {
@@ -91,17 +100,17 @@ impl Ops for CandleOps<'_> {
             padding: [0; 4],
         };
         let weight = weight.reshape((spec.out_features, spec.in_features, 1, 1))?;
-        Ok(composed::conv2d(x, &weight, bias, conv)?)
+        Ok(composed::conv2d(x, &weight, &bias, conv)?)
     }
 
     fn conv2d(&mut self, x: &Tensor, name: &str, spec: Conv2d) -> std::result::Result<Tensor, Error> {
         let (weight, bias) = self.affine(name)?;
-        Ok(composed::conv2d(x, weight, bias, spec)?)
+        Ok(composed::conv2d(x, &weight, &bias, spec)?)
     }
 
     fn group_norm(&mut self, x: &Tensor, name: &str, spec: GroupNorm) -> std::result::Result<Tensor, Error> {
         let (weight, bias) = self.affine(name)?;
-        Ok(composed::group_norm(x, weight, bias, spec)?)
+        Ok(composed::group_norm(x, &weight, &bias, spec)?)
     }
 
     fn conv_transpose2d(
@@ -111,17 +120,14 @@ impl Ops for CandleOps<'_> {
         spec: ConvTranspose2d,
     ) -> std::result::Result<Tensor, Error> {
         let (weight, bias) = self.affine(name)?;
-        let y = x.conv_transpose2d(weight, spec.padding, 0, spec.stride, 1)?;
+        let y = x.conv_transpose2d(&weight, spec.padding, 0, spec.stride, 1)?;
         Ok(y.broadcast_add(&bias.reshape((1, spec.out_channels, 1, 1))?)?)
     }
 
     fn batch_norm(&mut self, x: &Tensor, name: &str, spec: BatchNorm) -> std::result::Result<Tensor, Error> {
         let (weight, bias) = self.affine(name)?;
         let (mean, variance) = (self.get(name, "running_mean")?, self.get(name, "running_var")?);
-        let deviation = (variance + spec.eps)?.sqrt()?;
-        let per_channel = |v: &Tensor| v.reshape((1, spec.channels, 1, 1));
-        let normal = x.broadcast_sub(&per_channel(mean)?)?.broadcast_div(&per_channel(&deviation)?)?;
-        Ok(normal.broadcast_mul(&per_channel(weight)?)?.broadcast_add(&per_channel(bias)?)?)
+        Ok(composed::batch_norm(x, [&weight, &bias, &mean, &variance], spec)?)
     }
 
     fn activate(&mut self, x: &Tensor, activation: Activation) -> std::result::Result<Tensor, Error> {
@@ -136,11 +142,11 @@ impl Ops for CandleOps<'_> {
         let (n, index) = (index.dims1()?, index.to_dtype(DType::F32)?.unsqueeze(1)?);
         let rows = Tensor::arange(0.0, rows as f32, self.device)?.unsqueeze(0)?;
         let shape = (n, rows.dim(1)?);
-        Ok(index.broadcast_as(shape)?.eq(&rows.broadcast_as(shape)?)?.to_dtype(DType::F32)?)
+        Ok(index.broadcast_as(shape)?.eq(&rows.broadcast_as(shape)?)?.to_dtype(self.dtype)?)
     }
 
     fn feature(&mut self, x: &Tensor, factor: f64) -> std::result::Result<Tensor, Error> {
-        Ok((x.to_dtype(DType::F32)? * factor)?.unsqueeze(1)?)
+        Ok((x.to_dtype(DType::F32)? * factor)?.unsqueeze(1)?.to_dtype(self.dtype)?)
     }
 
     fn narrow(&mut self, x: &Tensor, first: usize, count: usize) -> std::result::Result<Tensor, Error> {
