@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use dmd_tests::{Finished, fixture, read_text, run_bin};
+use dmd_tests::{Finished, binary, fixture, read_text, run_bin};
 use serde_json::Value;
 
 fn distill(cwd: &Path, args: &[&str]) -> Result<Finished> {
@@ -84,9 +86,40 @@ fn a_resumed_run_equals_an_uninterrupted_one() -> Result<()> {
     fs::write(&stats, format!("{}{later}", read_text(&stats)?))?;
     let done = distill(folder.path(), &["--resume", "parts", "--train-steps", "4"])?;
     ensure!(done.code == Some(0), "{done:?}");
-    for file in ["stats.jsonl", "generator/model.safetensors", "checkpoints/state.safetensors"] {
+    for file in ["run.json", "stats.jsonl", "generator/model.safetensors", "checkpoints/state.safetensors"] {
         let [whole, parts] = ["whole", "parts"].map(|run| fs::read(folder.path().join(run).join(file)));
         ensure!(whole? == parts?, "`{file}` differs");
+    }
+    Ok(())
+}
+
+/// Killed at many moments, from before the first file to after the last step, and continued each time.
+#[test]
+fn a_killed_run_ends_like_an_uninterrupted_one() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let base = fixture_path("tiny-class")?;
+    let whole = distill(folder.path(), &small(&base, "whole", "12"))?;
+    ensure!(whole.code == Some(0), "{whole:?}");
+    let run = folder.path().join("killed");
+    let start = small(&base, "killed", "12");
+    let arguments = || if run.exists() { vec!["--resume", "killed"] } else { start.clone() };
+    let mut kills = 0;
+    for delay in [2, 20, 60, 100, 140, 180, 220, 260, 300, 350, 400, 500] {
+        let mut process = Command::new(binary("dmd-distill")?)
+            .args(arguments())
+            .current_dir(folder.path())
+            .stderr(Stdio::null())
+            .spawn()?;
+        std::thread::sleep(Duration::from_millis(delay));
+        process.kill()?;
+        kills += usize::from(process.wait()?.code().is_none());
+    }
+    ensure!(kills > 3, "only {kills} of the processes were still running");
+    let done = distill(folder.path(), &arguments())?;
+    ensure!(done.code == Some(0), "{done:?}");
+    for file in ["run.json", "stats.jsonl", "generator/model.safetensors", "checkpoints/state.safetensors"] {
+        let [whole, killed] = ["whole", "killed"].map(|run| fs::read(folder.path().join(run).join(file)));
+        ensure!(whole? == killed?, "`{file}` differs");
     }
     Ok(())
 }

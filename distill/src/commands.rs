@@ -61,7 +61,10 @@ pub fn distill(args: DistillArgs) -> Result<()> {
         }
         let run = Run::open(folder)?;
         let mut options: DistillOptions = run.options()?;
-        options.train_steps = args.recipe.train_steps.unwrap_or(options.train_steps);
+        if let Some(steps) = args.recipe.train_steps.filter(|steps| *steps != options.train_steps) {
+            options.train_steps = steps;
+            run.save_options(&options)?;
+        }
         return run_distillation(&run, &options, &target);
     }
     let name = args.base.ok_or_else(|| {
@@ -74,9 +77,8 @@ pub fn distill(args: DistillArgs) -> Result<()> {
         return estimate(&options, &checkpoint, &target);
     }
     let run_name = Path::new(&name).file_name().map_or("run".into(), |n| n.to_string_lossy());
-    let run = Run::create(args.out.as_deref(), &run_name)?;
-    checkpoint.save(&run.path("teacher"))?;
-    run.save_options(&options)?;
+    let keep_teacher = |folder: &Path| checkpoint.save(&folder.join("teacher"));
+    let run = Run::create(args.out.as_deref(), &run_name, &options, keep_teacher)?;
     run_distillation(&run, &options, &target)
 }
 
@@ -143,9 +145,8 @@ pub fn teacher(args: &TeacherArgs) -> Result<()> {
         None => {
             let options = args.resolve();
             teacher::validate(&options)?;
-            let run = Run::create(args.out.as_deref(), &format!("teacher-{}", options.base))?;
-            run.save_options(&options)?;
-            (run, options)
+            let name = format!("teacher-{}", options.base);
+            (Run::create(args.out.as_deref(), &name, &options, |_| Ok(()))?, options)
         }
     };
     progress::handle_interrupts();

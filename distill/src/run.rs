@@ -25,25 +25,33 @@ pub struct Run {
 }
 
 impl Run {
-    /// A new folder: `out`, or the next free `runs/NAME-NNN`.
-    pub fn create(out: Option<&Path>, name: &str) -> Result<Self> {
+    /// A new folder: `out`, or the next free `runs/NAME-NNN`. It appears with `run.json` and what `prepare` puts there,
+    /// or not at all.
+    pub fn create(
+        out: Option<&Path>,
+        name: &str,
+        options: &impl Serialize,
+        prepare: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Self> {
         let folder = match out {
             Some(folder) => folder.to_owned(),
             None => free_name(Path::new("runs"), name)?,
         };
-        if let Some(parent) = folder.parent().filter(|p| !p.as_os_str().is_empty()) {
-            fs::create_dir_all(parent).map_err(Error::file("create", parent))?;
+        if folder.exists() {
+            return Err(Error::content(
+                &folder,
+                "it exists already\n\nhint: choose another `--out`, or continue the run there with `--resume`",
+            ));
         }
-        match fs::create_dir(&folder) {
-            Ok(()) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-                return Err(Error::content(
-                    &folder,
-                    "it exists already\n\nhint: choose another `--out`, or continue the run there with `--resume`",
-                ));
-            }
-            Err(e) => return Err(Error::file("create", &folder)(e)),
-        }
+        let partial = folder.with_file_name(match folder.file_name() {
+            Some(name) => format!(".{}.partial", name.to_string_lossy()),
+            None => return Err(Error::content(&folder, "it is no name of a folder")),
+        });
+        let _ = fs::remove_dir_all(&partial);
+        fs::create_dir_all(&partial).map_err(Error::file("create", &partial))?;
+        let run = Self { folder: partial.clone() };
+        prepare(&partial).and_then(|()| run.save_options(options))?;
+        fs::rename(&partial, &folder).map_err(Error::file("create", &folder))?;
         Ok(Self { folder })
     }
 
