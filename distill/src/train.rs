@@ -71,7 +71,7 @@ pub struct DistillOptions {
 }
 
 /// The three networks and the optimisers of two of them.
-struct Distillation<'a> {
+pub struct Distillation<'a> {
     options: &'a DistillOptions,
     schedule: Schedule,
     one_step: OneStep,
@@ -88,13 +88,22 @@ struct Distillation<'a> {
     device: Device,
 }
 
-/// What one generator update leaves.
-struct Update {
-    x_gen: Tensor,
-    class: Option<Tensor>,
-    dm: f64,
-    reg: f64,
-    norm: f64,
+/// What one update of the generator leaves, and of the critic after it.
+pub struct Update {
+    /// Generated images, without gradient.
+    pub x_gen: Tensor,
+    /// Their classes.
+    pub class: Option<Tensor>,
+    /// Distribution matching loss.
+    pub dm: f64,
+    /// Regression loss, before its weight; 0 without pairs.
+    pub reg: f64,
+    /// Norm of the generator's gradient before clipping.
+    pub norm: f64,
+    /// The critic's mean loss.
+    pub fake: f64,
+    /// Mean norm of its gradient before clipping.
+    pub fake_norm: f64,
 }
 
 /// Distils, or continues, and returns the folder of the finished generator.
@@ -123,18 +132,17 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
 
     let mut progress = Progress::new("distil", step, options.train_steps);
     while step < options.train_steps {
-        let update = work.update_generator(step, pairs.as_ref())?;
-        let (fake, fake_norm) = work.update_fake(step, &update)?;
+        let update = work.update(step, pairs.as_ref())?;
         ema.update(work.generator.variables())?;
         step += 1;
         let values = update.x_gen.flatten_all()?.to_vec1::<f32>()?;
         let (brightness, contrast) = mean_and_deviation(&values);
         run.log(&json!({
-            "step": step, "dm": update.dm, "reg": update.reg, "fake": fake,
-            "grad_norm": update.norm, "fake_grad_norm": fake_norm,
+            "step": step, "dm": update.dm, "reg": update.reg, "fake": update.fake,
+            "grad_norm": update.norm, "fake_grad_norm": update.fake_norm,
             "brightness": brightness, "contrast": contrast,
         }))?;
-        let message = format!("dm {:.3} reg {:.3} fake {fake:.3}", update.dm, update.reg);
+        let message = format!("dm {:.3} reg {:.3} fake {:.3}", update.dm, update.reg, update.fake);
         progress.update(step, &message);
 
         let last = step == options.train_steps;
@@ -167,7 +175,8 @@ pub fn load_teacher(run: &Run) -> Result<Checkpoint> {
 }
 
 impl<'a> Distillation<'a> {
-    fn new(
+    /// Starts from the base, or from a saved state.
+    pub fn new(
         options: &'a DistillOptions,
         base: &Checkpoint,
         saved: Option<&Tensors>,
@@ -204,6 +213,13 @@ impl<'a> Distillation<'a> {
             fake_optimiser,
             device: device.clone(),
         })
+    }
+
+    /// One update of the generator and those of the critic that follow it.
+    pub fn update(&mut self, step: u64, pairs: Option<&Pairs>) -> Result<Update> {
+        let mut update = self.update_generator(step, pairs)?;
+        (update.fake, update.fake_norm) = self.update_fake(step, &update)?;
+        Ok(update)
     }
 
     /// Noise and classes for a batch of generated images.
@@ -255,7 +271,7 @@ impl<'a> Distillation<'a> {
         }
         let grads = loss.backward()?;
         let norm = self.generator_optimiser.step(self.generator.variables(), &grads)?;
-        Ok(Update { x_gen: detached, class, dm: scalar(&dm)?, reg, norm })
+        Ok(Update { x_gen: detached, class, dm: scalar(&dm)?, reg, norm, fake: 0.0, fake_norm: 0.0 })
     }
 
     /// Algorithm 1, lines 14 to 17: the critic learns to denoise generated images. The first update sees the batch
