@@ -15,9 +15,7 @@ use serde::de::DeserializeOwned;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::network::Tensors;
-
-/// Names the weights may have, ours first.
-const WEIGHTS: [&str; 2] = ["model.safetensors", "diffusion_pytorch_model.safetensors"];
+use crate::weights::{self, Found};
 
 /// Where a checkpoint's files are.
 #[derive(Clone, Debug)]
@@ -46,7 +44,8 @@ pub struct Checkpoint {
 }
 
 impl Source {
-    fn read(&self, name: &str) -> Result<Option<(PathBuf, Vec<u8>)>> {
+    /// A file by its name, and where it lies.
+    pub fn read(&self, name: &str) -> Result<Option<(PathBuf, Vec<u8>)>> {
         match self {
             Self::Bundled(folder, all) => Ok(all
                 .iter()
@@ -62,7 +61,8 @@ impl Source {
         }
     }
 
-    fn path(&self) -> PathBuf {
+    /// The folder.
+    pub fn path(&self) -> PathBuf {
         match self {
             Self::Folder(p) => p.clone(),
             Self::Bundled(name, _) => PathBuf::from(name),
@@ -85,7 +85,7 @@ impl Source {
                 format!(
                     "there is no `{name}`\n\nhint: a checkpoint folder has `config.json`, `scheduler_config.json` and \
                      `{}`, as diffusers and dmd-distill write them",
-                    WEIGHTS[0]
+                    weights::NAMES[0]
                 ),
             )
         })
@@ -104,27 +104,30 @@ impl Checkpoint {
         let schedule = source.required("scheduler_config.json")?;
         let name = source.path().file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
         let provenance = source.json("card.json")?.unwrap_or_else(|| Provenance::named(name));
-        let mut found = None;
-        for name in WEIGHTS {
-            found = found.or(source.read(name)?);
-        }
-        let (path, bytes) = found.ok_or_else(|| {
-            Error::content(&source.path(), format!("there is no `{}` or `{}`", WEIGHTS[0], WEIGHTS[1]))
-        })?;
-        let tensors = read_tensors(&path, &bytes)?;
+        Self::assemble(config, schedule, source.json("generator.json")?, provenance, weights::read(source)?)
+    }
+
+    /// Joins a description and weights that are checked against it.
+    pub fn assemble(
+        config: ModelConfig,
+        schedule: ScheduleConfig,
+        generator: Option<GeneratorConfig>,
+        provenance: Provenance,
+        found: Found,
+    ) -> Result<Self> {
+        let summary = shapes::summarise(&config)?;
+        let Found { path, tensors, sha256 } = found;
+        let tensors = weights::rename(tensors, &summary)?;
         let shapes: Vec<(&str, &[usize])> = tensors.iter().map(|(n, t)| (n.as_str(), t.dims())).collect();
-        shapes::summarise(&config)?.check(shapes).map_err(|e| Error::content(&path, e))?;
+        summary.check(shapes).map_err(|e| Error::content(&path, e))?;
         for (name, tensor) in &tensors {
             let total = tensor.abs()?.sum_all()?.to_scalar::<f32>()?;
             if !total.is_finite() {
-                return Err(Error::content(
-                    &path,
-                    format!("tensor `{name}` holds values that are not finite"),
-                ));
+                let problem = format!("tensor `{name}` holds values that are not finite");
+                return Err(Error::content(&path, problem));
             }
         }
-        let generator = source.json("generator.json")?;
-        Ok(Self { config, schedule, generator, provenance, tensors, sha256: files::sha256(&bytes) })
+        Ok(Self { config, schedule, generator, provenance, tensors, sha256 })
     }
 
     /// Writes a new checkpoint folder: everything into a folder beside it, then renamed into place. A folder that is
@@ -139,7 +142,7 @@ impl Checkpoint {
         if let Some(generator) = &self.generator {
             write_json(&partial.join("generator.json"), generator)?;
         }
-        write_tensors(&partial.join(WEIGHTS[0]), &self.tensors, &[])?;
+        write_tensors(&partial.join(weights::NAMES[0]), &self.tensors, &[])?;
         let old = folder.with_extension("old");
         let _ = std::fs::remove_dir_all(&old);
         if folder.exists() {

@@ -32,7 +32,11 @@ pub fn bases(json: bool) -> Result<()> {
         let [c, h, w] = [0, 1, 2].map(|i| b["image"][i].as_u64().unwrap_or(0));
         let name = b["name"].as_str().unwrap_or("");
         let about = b["about"].as_str().unwrap_or("");
-        print(&format!("{name}: {about}; {c}x{h}x{w}, {} parameters", b["parameters"]))?;
+        let weights = b["weights"].as_str().unwrap_or("");
+        print(&format!(
+            "{name}\n    {about}\n    {c}x{h}x{w}, {} parameters; weights {weights}",
+            b["parameters"]
+        ))?;
     }
     Ok(())
 }
@@ -70,9 +74,14 @@ pub fn distill(args: DistillArgs) -> Result<()> {
     let name = args.base.ok_or_else(|| {
         Error::Request("`--base` is missing\n\nhint: `dmd-distill bases` lists the presets".into())
     })?;
-    let checkpoint = base::load(&name)?;
-    let file = args.config.as_deref().map(Recipe::from_file).transpose()?.unwrap_or_default();
-    let options = args.recipe.or(file).resolve(&name, &checkpoint)?;
+    let preset = base::find(&name);
+    let checkpoint = match preset {
+        Some(preset) if args.dry_run => preset.untrained()?,
+        _ => base::load(&name)?,
+    };
+    let file = args.config.as_deref().map(Recipe::find).transpose()?.unwrap_or_default();
+    let preset = preset.map(base::Preset::recipe).transpose()?.unwrap_or_default();
+    let options = args.recipe.or(file).or(preset).resolve(&name, &checkpoint)?;
     if args.dry_run {
         return estimate(&options, &checkpoint, &target);
     }

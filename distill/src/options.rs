@@ -16,6 +16,16 @@ use crate::train::DistillOptions;
 /// `sigma_t / alpha_t` of the step that `--t-gen auto` picks.
 const AUTO_SIGMA_EDM: f64 = 2.5;
 
+macro_rules! recipe {
+    ($name:literal) => {
+        ($name, include_str!(concat!("../recipes/", $name, ".toml")))
+    };
+}
+
+/// Recipes inside this program.
+const RECIPES: [(&str, &str); 4] =
+    [recipe!("demo"), recipe!("seeds-mnist"), recipe!("seeds-celeba"), recipe!("seeds-cifar10")];
+
 /// Distil a pretrained DDPM into a one-step image generator
 ///
 /// Without a subcommand, does all of it: finds the base, computes noise-image pairs, trains the generator by
@@ -59,8 +69,9 @@ pub enum Command {
 /// A distillation.
 #[derive(Clone, Debug, Default, Args)]
 pub struct DistillArgs {
-    /// Base to distil: a preset (see `dmd-distill bases`) or a folder in diffusers layout
-    #[arg(long, value_name = "NAME|DIR")]
+    /// Base to distil: a preset (see `dmd-distill bases`), a folder in diffusers layout, a PyTorch file of ddpm-mnist's or
+    /// ddpm-celeba's network, or a model of the Hugging Face hub
+    #[arg(long, value_name = "NAME|DIR|FILE|ORG/REPO[@REVISION]")]
     pub base: Option<String>,
     /// Continue the run in this folder; only --train-steps and --device may be given with it
     #[arg(long, value_name = "DIR")]
@@ -68,8 +79,9 @@ pub struct DistillArgs {
     /// Run folder to create [default: the next free runs/BASE-NNN]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// TOML file with any of the options below; flags win over it
-    #[arg(long, value_name = "FILE")]
+    /// TOML file with any of the options below, or a built-in recipe (demo, seeds-mnist, seeds-celeba, seeds-cifar10); flags
+    /// win over it
+    #[arg(long, value_name = "FILE|RECIPE")]
     pub config: Option<PathBuf>,
     /// Where to compute
     #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
@@ -228,9 +240,19 @@ pub struct SampleArgs {
 }
 
 impl Recipe {
-    /// Reads a TOML file.
-    pub fn from_file(path: &Path) -> Result<Self> {
-        let text = String::from_utf8_lossy(&files::read(path)?).into_owned();
+    /// Reads a TOML file, or the built-in recipe of this name.
+    pub fn find(path: &Path) -> Result<Self> {
+        let built_in = RECIPES.iter().find(|(name, _)| path.as_os_str() == *name);
+        let text = match built_in {
+            Some((_, text)) => (*text).to_owned(),
+            None if !path.exists() => {
+                let names: Vec<&str> = RECIPES.iter().map(|(name, _)| *name).collect();
+                let problem =
+                    format!("there is no such file\n\nhint: built-in recipes are `{}`", names.join("`, `"));
+                return Err(Error::content(path, problem));
+            }
+            None => String::from_utf8_lossy(&files::read(path)?).into_owned(),
+        };
         toml::from_str(&text).map_err(|e| Error::content(path, e))
     }
 
