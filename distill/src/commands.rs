@@ -21,6 +21,8 @@ use crate::{device, progress};
 
 /// Images drawn at once.
 const BATCH: usize = 50;
+/// Images whose evaluation an estimate measures: enough to keep all lanes and some cores busy.
+const MEASURED: usize = 16;
 
 /// `dmd-distill bases`.
 pub fn bases(json: bool) -> Result<()> {
@@ -111,7 +113,7 @@ fn estimate(options: &DistillOptions, base: &Checkpoint, target: &Device) -> Res
     print(&text)?;
     let summary = shapes::summarise(&base.config)?;
     let network = Network::frozen(&base.config, &base.tensors, target)?;
-    let request = Request::new(0, 0, 4, base.class_count());
+    let request = Request::new(0, 0, MEASURED, base.class_count());
     let z = request.noise(base.config.image_shape(), target)?;
     let class = request.class_tensor(target)?;
     let t = Tensor::new(&[options.t_gen as f32], target)?;
@@ -119,27 +121,44 @@ fn estimate(options: &DistillOptions, base: &Checkpoint, target: &Device) -> Res
     for _ in 0..3 {
         let started = Instant::now();
         network.eps_pred(&z, &t, class.as_ref())?.sum_all()?.to_scalar::<f32>()?;
-        seconds = seconds.min(started.elapsed().as_secs_f64() / 4.0);
+        seconds = seconds.min(started.elapsed().as_secs_f64() / MEASURED as f64);
     }
     let regression = if options.pairs > 0 { 3 } else { 0 };
     let passes = 5 + regression + 3 * options.fake_updates + options.fake_updates - 1;
     let training = options.train_steps as f64 * options.batch as f64 * passes as f64 * seconds;
     let pairs = options.pairs as f64 * options.pair_steps as f64 * seconds;
-    let weights = summary.parameter_count() as f64 * 4.0 / 1e6;
+    let weights = 10.0 * summary.parameter_count() as f64;
+    let passes_kept = if options.pairs > 0 { 2 } else { 1 };
+    let activations = (passes_kept * options.batch) as f64 * summary.activations as f64;
+    let grids = options.train_steps.div_ceil(options.sample_every) as f64 * options.samples as f64;
+    let pictures = (grids + options.samples.min(20) as f64 * 50.0) * seconds;
     eprintln!(
         "parameters {}, {} million multiply-adds per image\n\
-         memory about {:.0} MB for weights, moments and averages, activations not counted\n\
+         memory about {:.1} GB: {:.1} for weights, moments and averages, {:.1} for a batch on its way back\n\
          one image through the network: {:.2} ms on {}\n\
-         pairs about {:.0} min, training about {:.0} min ({passes} network passes per image and update)",
+         time about {}: pairs {}, training {} ({passes} network passes per image and update), pictures {}",
         summary.parameter_count(),
         summary.total_macs() / 1_000_000,
-        10.0 * weights,
+        (weights + activations) * 4e-9,
+        weights * 4e-9,
+        activations * 4e-9,
         seconds * 1e3,
         device::name(target),
-        pairs / 60.0,
-        training / 60.0,
+        duration(pairs + training + pictures),
+        duration(pairs),
+        duration(training),
+        duration(pictures),
     );
     Ok(())
+}
+
+fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s if s < 2.0 * 86_400.0 => format!("{:.1} h", s / 3600.0),
+        s => format!("{:.1} days", s / 86_400.0),
+    }
 }
 
 /// `dmd-distill teacher`.

@@ -147,6 +147,9 @@ pub struct Recipe {
     /// Updates between sample grids [default: 100]
     #[arg(long, value_name = "N")]
     pub sample_every: Option<u64>,
+    /// Images of a sample grid; the comparison with the teacher's 50 steps has at most 20 [default: 40]
+    #[arg(long, value_name = "N")]
+    pub samples: Option<usize>,
 }
 
 /// A base training.
@@ -275,6 +278,7 @@ impl Recipe {
             seed: self.seed.or(other.seed),
             save_every: self.save_every.or(other.save_every),
             sample_every: self.sample_every.or(other.sample_every),
+            samples: self.samples.or(other.samples),
         }
     }
 
@@ -308,6 +312,7 @@ impl Recipe {
             seed,
             save_every: self.save_every.unwrap_or(50),
             sample_every: self.sample_every.unwrap_or(100),
+            samples: self.samples.unwrap_or(40),
         };
         check(&options, &schedule)?;
         Ok(options)
@@ -330,6 +335,7 @@ fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
     let rules = [
         (o.train_steps > 0 && o.batch > 0, "`--train-steps` and `--batch` must be at least 1"),
         (o.save_every > 0 && o.sample_every > 0, "`--save-every` and `--sample-every` must be at least 1"),
+        (o.samples > 0, "`--samples` must be at least 1"),
         (o.fake_updates > 0, "`--fake-updates` must be at least 1"),
         (
             o.lr > 0.0 && o.lr < 1.0 && o.lr_fake > 0.0 && o.lr_fake < 1.0,

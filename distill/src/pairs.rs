@@ -1,7 +1,7 @@
 //! Noise-image pairs of a base: `z` by the noise contract, `y` by deterministic DDIM from it, with the class.
 //! Yin et al. 2024 (arXiv:2311.18828), section 3.3, with a deterministic sampler so that `y` is a function of `z`.
 //!
-//! A folder holds `pairs.json` (what was asked) and shards of 256 pairs; finished shards are never computed again.
+//! A folder holds `pairs.json` (what was asked) and shards of up to 256 pairs; what is finished is never computed again.
 
 use std::path::{Path, PathBuf};
 
@@ -88,43 +88,58 @@ pub fn prepare(
     let teacher = Network::frozen(&base.config, &base.tensors, device)?;
     let schedule = Schedule::new(&base.schedule);
     let classes = base.class_count();
-    let shards = count.div_ceil(SHARD);
-    let missing = (0..shards).filter(|i| !shard_path(folder, *i).exists()).count();
-    let mut progress = Progress::new("pairs", ((shards - missing) * SHARD) as u64, (shards * SHARD) as u64);
-    let mut done = (shards - missing) * SHARD;
-    let mut found = Vec::new();
-    for shard in 0..shards {
-        let path = shard_path(folder, shard);
-        if !path.exists() {
-            let mut parts = Vec::new();
-            for first in (shard * SHARD..(shard + 1) * SHARD).step_by(BATCH) {
-                let request = Request::new(options.seed, first as u64, BATCH, classes);
-                parts.push(ddim(&teacher, &schedule, &request, options.steps)?.to_dtype(DType::F16)?);
-                done += BATCH;
-                progress.update(done as u64, "");
-                if stop_requested() {
-                    return Err(Error::Interrupted(format!(
-                        "stopped; finished shards are kept in `{}`\n\nhint: the same command continues",
-                        folder.display()
-                    )));
-                }
+    let shards: Vec<(PathBuf, usize)> = (0..count.div_ceil(SHARD))
+        .map(|i| (folder.join(format!("shard-{i:05}.safetensors")), SHARD.min(count - i * SHARD)))
+        .collect();
+    let read = |(path, _): &(PathBuf, usize)| read_shard(path, base.config.image_shape());
+    let found = shards.iter().map(read).collect::<Result<Vec<_>>>()?;
+    let have = |y: &Option<Tensor>| y.as_ref().map_or(0, |y| y.dims()[0]);
+    let mut done: usize = found.iter().zip(&shards).map(|(y, (_, wanted))| have(y).min(*wanted)).sum();
+    let mut progress = Progress::new("pairs", done as u64, count as u64);
+    let mut all = Vec::new();
+    for (i, (y, (path, wanted))) in found.into_iter().zip(&shards).enumerate() {
+        let first = have(&y);
+        let mut parts: Vec<Tensor> = y.into_iter().collect();
+        for start in (first..*wanted).step_by(BATCH) {
+            let count = BATCH.min(wanted - start);
+            let request = Request::new(options.seed, (i * SHARD + start) as u64, count, classes);
+            parts.push(
+                ddim(&teacher, &schedule, &request, options.steps)?
+                    .to_dtype(DType::F16)?
+                    .to_device(&Device::Cpu)?,
+            );
+            done += count;
+            progress.update(done as u64, "");
+            if stop_requested() {
+                return Err(Error::Interrupted(format!(
+                    "stopped; finished shards are kept in `{}`\n\nhint: the same command continues",
+                    folder.display()
+                )));
             }
-            let y = Tensor::cat(&parts, 0)?;
-            write_tensors(&path, &Tensors::from([("y".to_owned(), y)]), &[])?;
         }
-        let y = read_tensors(&path, &files::read(&path)?)?.remove("y");
-        let expected = [&[SHARD][..], &base.config.image_shape()].concat();
-        match y {
-            Some(y) if y.dims() == expected => found.push(y),
-            _ => return Err(Error::content(&path, format!("it does not hold `y` of shape {expected:?}"))),
+        let y = Tensor::cat(&parts, 0)?;
+        if first < *wanted {
+            write_tensors(path, &Tensors::from([("y".to_owned(), y.clone())]), &[])?;
         }
+        all.push(y.narrow(0, 0, *wanted)?);
     }
-    let y = Tensor::cat(&found, 0)?.narrow(0, 0, count)?.to_dtype(DType::F16)?;
-    Ok(Pairs { options: options.clone(), classes, y })
+    Ok(Pairs { options: options.clone(), classes, y: Tensor::cat(&all, 0)? })
 }
 
-fn shard_path(folder: &Path, shard: usize) -> PathBuf {
-    folder.join(format!("shard-{shard:05}.safetensors"))
+/// The pairs of a shard, f16; none if there is no such file.
+fn read_shard(path: &Path, image: [usize; 3]) -> Result<Option<Tensor>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    match read_tensors(path, &files::read(path)?)?.remove("y") {
+        Some(y) if y.rank() == 4 && y.dims()[1..] == image && (1..=SHARD).contains(&y.dims()[0]) => {
+            Ok(Some(y.to_dtype(DType::F16)?))
+        }
+        _ => Err(Error::content(
+            path,
+            format!("it does not hold `y` of up to {SHARD} images of shape {image:?}"),
+        )),
+    }
 }
 
 impl Pairs {

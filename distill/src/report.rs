@@ -80,22 +80,26 @@ fn smooth(stats: &[Value], key: &str) -> Vec<(f64, f64)> {
 }
 
 /// One picture of four blocks with the same seeds and classes: the noise, the one-step generator before
-/// distillation (the base's own weights), after it, and the teacher with 50 DDIM steps.
+/// distillation (the base's own weights), after it, and the teacher with 50 DDIM steps; at most `count` images each.
 pub fn comparison(
     path: &Path,
     base: &Checkpoint,
     generator: &Checkpoint,
     seed: u32,
+    count: usize,
     device: &Device,
 ) -> Result<()> {
     let range = base.config.range();
-    let request = Request::new(seed, 0, 2 * COLUMNS, base.class_count());
+    let columns = COLUMNS.min(count);
+    let request = Request::new(seed, 0, count.min(2 * COLUMNS), base.class_count());
     let teacher = Network::frozen(&base.config, &base.tensors, device)?;
     let student = Network::frozen(&generator.config, &generator.tensors, device)?;
     let constants: OneStep = generator.one_step()?;
     let noise = request.noise(base.config.image_shape(), device)?;
+    let [low, high] = range.map(f64::from);
+    let (middle, spread) = ((low + high) / 2.0, (high - low) / 6.0);
     let shown = [
-        ("noise".to_owned(), (noise / 3.0)?),
+        ("noise".to_owned(), noise.affine(spread, middle)?),
         ("one step, before distillation".to_owned(), one_step(&teacher, &constants, &request)?),
         ("one step, distilled".to_owned(), one_step(&student, &constants, &request)?),
         (
@@ -105,7 +109,7 @@ pub fn comparison(
     ];
     let mut blocks = Vec::new();
     for (title, x) in shown {
-        let block = coloured(&enlarge(&grid(&images(&x, range)?, COLUMNS, 1), 3));
+        let block = coloured(&enlarge(&grid(&images(&x, range)?, columns, 1), 3));
         blocks.push(titled(&title, block).map_err(|e| Error::content(path, e))?);
     }
     save_image(path, &grid(&blocks, 2, 8))

@@ -24,9 +24,6 @@ use crate::run::{Run, images, save_grid};
 use crate::sampler::{Request, one_step};
 use crate::teacher::part;
 
-/// Images of a sample grid.
-const SAMPLES: usize = 40;
-
 /// Resolved options of a distillation; saved as `run.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DistillOptions {
@@ -68,6 +65,8 @@ pub struct DistillOptions {
     pub save_every: u64,
     /// Updates between sample grids.
     pub sample_every: u64,
+    /// Images of a sample grid, and at most of the comparison.
+    pub samples: usize,
 }
 
 /// The three networks and the optimisers of two of them.
@@ -165,7 +164,14 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
     let folder = run.path("generator");
     work.finished(&base, ema.tensors).save(&folder)?;
     let generator = Checkpoint::load(&Source::Folder(folder.clone()))?;
-    report::comparison(&run.path("comparison.png"), &base, &generator, options.seed, device)?;
+    report::comparison(
+        &run.path("comparison.png"),
+        &base,
+        &generator,
+        options.seed,
+        options.samples,
+        device,
+    )?;
     Ok(folder)
 }
 
@@ -300,7 +306,7 @@ impl<'a> Distillation<'a> {
 
     fn save_samples(&self, run: &Run, step: u64, average: &Tensors) -> Result<()> {
         let network = Network::frozen(&self.generator.config, average, &self.device)?;
-        let request = Request::new(self.options.seed, 0, SAMPLES, self.classes);
+        let request = Request::new(self.options.seed, 0, self.options.samples, self.classes);
         let x = one_step(&network, &self.one_step, &request)?;
         let path = run.path(&format!("samples/step-{step:06}.png"));
         save_grid(&path, &images(&x, network.config.range())?, 10, 2)

@@ -20,6 +20,8 @@ pub struct Summary {
     pub statistics: BTreeSet<String>,
     /// Multiply-accumulate operations per image, by layer, in order.
     pub macs: Vec<(String, u64)>,
+    /// Values per image of all results that a backward pass reads again.
+    pub activations: u64,
 }
 
 /// Walks the network once on shapes.
@@ -79,6 +81,12 @@ impl Summary {
 struct Shapes(Summary);
 
 impl Shapes {
+    /// Counts a result of this shape.
+    fn made(&mut self, shape: Vec<usize>) -> Vec<usize> {
+        self.0.activations += shape.iter().product::<usize>() as u64;
+        shape
+    }
+
     fn parameter(&mut self, name: &str, suffix: &str, shape: &[usize]) {
         self.0.parameters.insert(format!("{name}.{suffix}"), shape.to_vec());
     }
@@ -131,7 +139,7 @@ impl Ops for Shapes {
         expect(name, x, 1, spec.in_features)?;
         let macs = spec.in_features * spec.out_features * x[2] * x[3];
         self.affine(name, &[spec.out_features, spec.in_features], macs);
-        Ok(vec![x[0], spec.out_features, x[2], x[3]])
+        Ok(self.made(vec![x[0], spec.out_features, x[2], x[3]]))
     }
 
     fn conv2d(&mut self, x: &Vec<usize>, name: &str, spec: Conv2d) -> Result<Vec<usize>> {
@@ -148,14 +156,14 @@ impl Ops for Shapes {
         let (h, w) = (size(x[2], top, bottom)?, size(x[3], left, right)?);
         let weight = [spec.out_channels, spec.in_channels, spec.kernel, spec.kernel];
         self.affine(name, &weight, weight.iter().product::<usize>() * h * w);
-        Ok(vec![x[0], spec.out_channels, h, w])
+        Ok(self.made(vec![x[0], spec.out_channels, h, w]))
     }
 
     fn group_norm(&mut self, x: &Vec<usize>, name: &str, spec: GroupNorm) -> Result<Vec<usize>> {
         expect(name, x, 1, spec.channels)?;
         self.parameter(name, "weight", &[spec.channels]);
         self.parameter(name, "bias", &[spec.channels]);
-        Ok(x.clone())
+        Ok(self.made(x.clone()))
     }
 
     fn conv_transpose2d(&mut self, x: &Vec<usize>, name: &str, spec: ConvTranspose2d) -> Result<Vec<usize>> {
@@ -168,7 +176,7 @@ impl Ops for Shapes {
         self.parameter(name, "weight", &weight);
         self.parameter(name, "bias", &weight[1..2]);
         self.0.macs.push((name.to_owned(), (weight.iter().product::<usize>() * x[2] * x[3]) as u64));
-        Ok(vec![x[0], spec.out_channels, side(x[2])?, side(x[3])?])
+        Ok(self.made(vec![x[0], spec.out_channels, side(x[2])?, side(x[3])?]))
     }
 
     fn batch_norm(&mut self, x: &Vec<usize>, name: &str, spec: BatchNorm) -> Result<Vec<usize>> {
@@ -179,11 +187,11 @@ impl Ops for Shapes {
         let statistics = ["running_mean", "running_var"].map(|suffix| format!("{name}.{suffix}"));
         self.0.frozen.extend(statistics.clone());
         self.0.statistics.extend(statistics);
-        Ok(x.clone())
+        Ok(self.made(x.clone()))
     }
 
     fn activate(&mut self, x: &Vec<usize>, _activation: Activation) -> Result<Vec<usize>> {
-        Ok(x.clone())
+        Ok(self.made(x.clone()))
     }
 
     fn pool(&mut self, x: &Vec<usize>, _pool: Pool, size: usize) -> Result<Vec<usize>> {
@@ -191,7 +199,7 @@ impl Ops for Shapes {
             let expected = format!("an image of at least {size} by {size}");
             return Err(Error::Shape { name: "pool".into(), got: x.clone(), expected });
         }
-        Ok(vec![x[0], x[1], x[2] / size, x[3] / size])
+        Ok(self.made(vec![x[0], x[1], x[2] / size, x[3] / size]))
     }
 
     fn one_hot(&mut self, index: &Vec<usize>, rows: usize) -> Result<Vec<usize>> {
@@ -204,7 +212,7 @@ impl Ops for Shapes {
 
     fn narrow(&mut self, x: &Vec<usize>, first: usize, count: usize) -> Result<Vec<usize>> {
         if first + count <= x[1] {
-            return Ok([&[x[0], count], &x[2..]].concat());
+            return Ok(self.made([&[x[0], count], &x[2..]].concat()));
         }
         let expected = format!("at least {} channels", first + count);
         Err(Error::Shape { name: "narrow".into(), got: x.clone(), expected })
@@ -212,34 +220,34 @@ impl Ops for Shapes {
 
     fn scale_channels(&mut self, x: &Vec<usize>, factor: &Vec<usize>) -> Result<Vec<usize>> {
         expect("scale_channels", factor, 1, x[1])?;
-        Ok(x.clone())
+        Ok(self.made(x.clone()))
     }
 
     fn add(&mut self, a: &Vec<usize>, b: &Vec<usize>) -> Result<Vec<usize>> {
         if a[1..] == b[1..] {
-            return Ok(a.clone());
+            return Ok(self.made(a.clone()));
         }
         Err(Error::Shape { name: "add".into(), got: b.clone(), expected: format!("{a:?}") })
     }
 
     fn add_bias(&mut self, x: &Vec<usize>, bias: &Vec<usize>) -> Result<Vec<usize>> {
         expect("add_bias", bias, 1, x[1])?;
-        Ok(x.clone())
+        Ok(self.made(x.clone()))
     }
 
     fn scale(&mut self, x: &Vec<usize>, _factor: f64) -> Result<Vec<usize>> {
-        Ok(x.clone())
+        Ok(self.made(x.clone()))
     }
 
     fn concat(&mut self, a: &Vec<usize>, b: &Vec<usize>) -> Result<Vec<usize>> {
         if a[2..] == b[2..] {
-            return Ok(vec![a[0], a[1] + b[1], a[2], a[3]]);
+            return Ok(self.made(vec![a[0], a[1] + b[1], a[2], a[3]]));
         }
         Err(Error::Shape { name: "concat".into(), got: b.clone(), expected: format!("the size of {a:?}") })
     }
 
     fn upsample_nearest2x(&mut self, x: &Vec<usize>) -> Result<Vec<usize>> {
-        Ok(vec![x[0], x[1], 2 * x[2], 2 * x[3]])
+        Ok(self.made(vec![x[0], x[1], 2 * x[2], 2 * x[3]]))
     }
 
     fn attention(
@@ -251,7 +259,7 @@ impl Ops for Shapes {
     ) -> Result<Vec<usize>> {
         let pixels = q[2] * q[3];
         self.0.macs.push(("attention".into(), (2 * pixels * pixels * q[1]) as u64));
-        Ok(q.clone())
+        Ok(self.made(q.clone()))
     }
 }
 
