@@ -121,7 +121,7 @@ impl Preset {
     pub fn provenance(&self) -> Provenance {
         let names: Vec<String> = self.classes.iter().map(|name| (*name).to_owned()).collect();
         let none = Some(names.len());
-        let classes = (!names.is_empty()).then(|| Classes { count: names.len(), none, names });
+        let classes = (!names.is_empty()).then_some(Classes { count: names.len(), none, names });
         Provenance { classes, ..Provenance::named(self.name) }
     }
 
