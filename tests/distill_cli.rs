@@ -231,7 +231,7 @@ fn a_damaged_base_is_refused_by_file_and_tensor() -> Result<()> {
     type Change = Box<dyn FnOnce(Vec<u8>) -> Option<Vec<u8>>>;
     let cases: Vec<(&str, Change, Vec<&str>)> = vec![
         ("config.json", Box::new(|_| None), vec!["there is no `config.json`", "hint:"]),
-        (WEIGHTS, Box::new(|_| None), vec!["there is no `model.safetensors`"]),
+        (WEIGHTS, Box::new(|_| None), vec!["there are no weights", "`model.safetensors`"]),
         (
             WEIGHTS,
             Box::new(|b| Some(b[..b.len() / 2].to_vec())),
