@@ -19,7 +19,7 @@ use crate::optimiser::{AdamW, AdamWConfig, Ema, state};
 use crate::progress::{Progress, stop_requested};
 use crate::random::{Purpose, Random};
 use crate::run::{Run, images, save_grid};
-use crate::sampler::{Request, ddim};
+use crate::sampler::{Request, Sampling, sample};
 
 /// Network evaluations per image of a sample grid.
 const SAMPLE_STEPS: usize = 50;
@@ -110,8 +110,8 @@ pub fn train(run: &Run, options: &TeacherOptions, device: &Device) -> Result<Pat
         let class = class.map(|c| Tensor::new(c, device)).transpose()?;
         let eps = random.normal_tensor(x0.dims(), device)?;
         let levels = losses::NoiseLevels::new(&schedule, &t, device)?;
-        let eps_pred = network.eps_pred(&levels.noisy(&x0, &eps)?, &levels.t, class.as_ref())?;
-        let loss = losses::denoising(&eps_pred, &eps)?;
+        let prediction = network.predict(&levels.noisy(&x0, &eps)?, &levels.t, class.as_ref())?;
+        let loss = losses::denoising(&prediction, &levels.target(&x0, &eps)?)?;
         let grads = loss.backward()?;
         optimiser.config.lr = options.lr * cosine(step, options.train_steps);
         let norm = optimiser.step(network.variables(), &grads)?;
@@ -127,7 +127,7 @@ pub fn train(run: &Run, options: &TeacherOptions, device: &Device) -> Result<Pat
         if step.is_multiple_of(options.sample_every) || last {
             let averaged = Network::frozen(&config, &ema.tensors, device)?;
             let request = Request::new(options.seed, 0, SAMPLES, classes.as_ref().map(|c| c.count));
-            let x = ddim(&averaged, &schedule, &request, SAMPLE_STEPS)?;
+            let x = sample(&averaged, &schedule, &request, &Sampling::ddim(SAMPLE_STEPS))?;
             let path = run.path(&format!("samples/step-{step:06}.png"));
             save_grid(&path, &images(&x, config.range())?, 10, 2)?;
         }
