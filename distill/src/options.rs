@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::pairs::PairsOptions;
-use crate::teacher::TeacherOptions;
+use crate::teacher::options::TeacherArgs;
 use crate::train::DistillOptions;
 
 /// `sigma_t / alpha_t` of the step that `--t-gen auto` picks.
@@ -150,47 +150,6 @@ pub struct Recipe {
     /// Images of a sample grid; the comparison with the teacher's 50 steps has at most 20 [default: 40]
     #[arg(long, value_name = "N")]
     pub samples: Option<usize>,
-}
-
-/// A base training.
-#[derive(Clone, Debug, Args)]
-pub struct TeacherArgs {
-    /// Preset to train
-    #[arg(long, value_name = "NAME", required_unless_present = "resume")]
-    pub base: Option<String>,
-    /// Folder with the data set's files [default: Debian's package, else the cache, else a download]
-    #[arg(long, value_name = "DIR")]
-    pub data: Option<PathBuf>,
-    /// Continue the run in this folder
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["base", "data", "out"])]
-    pub resume: Option<PathBuf>,
-    /// Run folder to create [default: the next free runs/teacher-BASE-NNN]
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-    /// Updates
-    #[arg(long, value_name = "N", default_value_t = 20_000)]
-    pub train_steps: u64,
-    /// Images per update
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    pub batch: usize,
-    /// Learning rate after warm-up
-    #[arg(long, value_name = "X", default_value_t = 1e-3)]
-    pub lr: f64,
-    /// Decay of the weights' moving average
-    #[arg(long, value_name = "X", default_value_t = 0.999)]
-    pub ema: f64,
-    /// Seed of everything random
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub seed: u32,
-    /// Updates between saved states
-    #[arg(long, value_name = "N", default_value_t = 200)]
-    pub save_every: u64,
-    /// Updates between sample grids
-    #[arg(long, value_name = "N", default_value_t = 1000)]
-    pub sample_every: u64,
-    /// Where to compute
-    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
-    pub device: String,
 }
 
 /// A pre-computation of pairs.
@@ -353,25 +312,5 @@ fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
     match rules.into_iter().find(|(holds, _)| !holds) {
         Some((_, rule)) => Err(Error::Request(rule.to_owned())),
         None => Ok(()),
-    }
-}
-
-impl TeacherArgs {
-    /// Resolved options of a new base training.
-    pub fn resolve(&self) -> TeacherOptions {
-        TeacherOptions {
-            command: "teacher".to_owned(),
-            base: self.base.clone().unwrap_or_default(),
-            data: self.data.clone(),
-            train_steps: self.train_steps,
-            batch: self.batch,
-            lr: self.lr,
-            warmup: 100,
-            ema: self.ema,
-            drop_label: 0.1,
-            seed: self.seed,
-            save_every: self.save_every,
-            sample_every: self.sample_every,
-        }
     }
 }
