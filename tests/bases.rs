@@ -63,7 +63,7 @@ fn the_engine_matches_pytorch_with_every_gradient() -> Result<()> {
         let class = whole(&golden, &format!("{case}.class"))?;
         let class = class.map(|class| Tensor::new(class, &CPU)).transpose()?;
         let t = Tensor::new(steps(&golden, &case)?, &CPU)?;
-        let eps_pred = network.eps_pred(&tensor(&golden, &format!("{case}.x_t"))?, &t, class.as_ref())?;
+        let eps_pred = network.predict(&tensor(&golden, &format!("{case}.x_t"))?, &t, class.as_ref())?;
         let expected = golden.f32(&format!("{case}.eps_pred"))?;
         compare(&case, &eps_pred.flatten_all()?.to_vec1()?, &expected, ENGINE)?;
         if !with_gradients {

@@ -8,6 +8,7 @@ use dmd_core::config::ModelConfig;
 use dmd_core::net::shapes::summarise;
 use dmd_core::net::{OneStep, TimestepEmbedding};
 use dmd_core::noise::standard_normal;
+use dmd_core::sampler::{Sampler, Trajectory};
 use dmd_core::schedule::{Schedule, ScheduleConfig};
 use dmd_tests::{Golden, compare, fixture, read_text, repository};
 use sha2::{Digest, Sha256};
@@ -32,7 +33,7 @@ fn close_f64(what: &str, got: &[f64], expected: &[f64], relative: f64) -> Result
 fn schedules_match_diffusers() -> Result<()> {
     let golden = Golden::load("schedule")?;
     let cases = golden.cases()?.as_object().context("`cases` is no object")?;
-    assert_eq!(cases.len(), 4);
+    assert_eq!(cases.len(), 5);
     for (name, config) in cases {
         let schedule = Schedule::new(&serde_json::from_value::<ScheduleConfig>(config.clone())?);
         let betas = golden.f64(&format!("{name}.betas.f64"))?;
@@ -44,28 +45,42 @@ fn schedules_match_diffusers() -> Result<()> {
     Ok(())
 }
 
-/// Golden: `scripts/golden_schedule.py`. The network's outputs are given, so that only the sampler is tested: each
-/// step alone from the reference's image, and all ten in a row.
+/// Golden: `scripts/golden_schedule.py`. The network's outputs are given, so that only the sampler is tested: ten steps in
+/// a row, and the image before each of them.
 #[test]
-fn ddim_follows_diffusers() -> Result<()> {
+fn samplers_follow_diffusers() -> Result<()> {
     let golden = Golden::load("schedule")?;
-    let path = fixture_schedule("tiny-class")?.ddim(10)?;
-    for (prefix, clip) in [("ddim", None), ("ddim_clip", Some([-1.0, 1.0]))] {
-        let timesteps: Vec<i64> = path.iter().map(|step| step.t as i64).collect();
+    for (prefix, sampler, text) in [
+        ("ddim", Sampler::Ddim, r#"{"clip_sample":false}"#),
+        ("ddim_clip", Sampler::Ddim, "{}"),
+        ("ddpm_small", Sampler::Ddpm, r#"{"variance_type":"fixed_small"}"#),
+        ("ddpm_large", Sampler::Ddpm, r#"{"variance_type":"fixed_large","clip_sample":false}"#),
+        ("ddim_v", Sampler::Ddim, r#"{"prediction_type":"v_prediction"}"#),
+        ("ddim_sample", Sampler::Ddim, r#"{"prediction_type":"sample","clip_sample_range":1.5}"#),
+        ("ddpm_v", Sampler::Ddpm, r#"{"prediction_type":"v_prediction"}"#),
+    ] {
+        let schedule = Schedule::new(&serde_json::from_str::<ScheduleConfig>(text)?);
+        let path = Trajectory::new(&schedule, sampler, 10, [-1.0, 1.0])?;
+        let timesteps: Vec<i64> = path.timesteps().map(|t| t as i64).collect();
         assert_eq!(timesteps, golden.i64(&format!("{prefix}.timesteps"))?);
-        let images = golden.f32(&format!("{prefix}.x"))?;
-        let outputs = golden.f32(&format!("{prefix}.eps_pred"))?;
-        let size = outputs.len() / path.len();
-        let images: Vec<&[f32]> = images.chunks(size).collect();
-        assert_eq!(images.len(), path.len() + 1);
-        let mut whole = images[0].to_vec();
-        for (i, (step, eps_pred)) in path.iter().zip(outputs.chunks(size)).enumerate() {
-            let mut alone = images[i].to_vec();
-            step.apply(&mut alone, eps_pred, clip);
-            compare(&format!("{prefix} step {i} alone"), &alone, images[i + 1], Tolerance::LAYER)?;
-            step.apply(&mut whole, eps_pred, clip);
-            compare(&format!("{prefix} steps 0 to {i}"), &whole, images[i + 1], Tolerance::LAYER)?;
-        }
+        let (images, outputs) =
+            (golden.f32(&format!("{prefix}.x"))?, golden.f32(&format!("{prefix}.output"))?);
+        let size = outputs.len() / path.evaluations();
+        let noise = if sampler == Sampler::Ddpm { golden.f32(&format!("{prefix}.noise"))? } else { vec![] };
+        let mut x = images[..size].to_vec();
+        let mut step = 0;
+        let predict = |_: usize, x: &[f32]| {
+            compare(
+                &format!("{prefix} before step {step}"),
+                x,
+                &images[step * size..][..size],
+                Tolerance::LAYER,
+            )?;
+            step += 1;
+            Ok::<_, anyhow::Error>(outputs[(step - 1) * size..][..size].to_vec())
+        };
+        path.run(&mut x, predict, |i, out| out.copy_from_slice(&noise[i * size..][..size]))?;
+        compare(&format!("{prefix}, the image"), &x, &images[10 * size..], Tolerance::LAYER)?;
     }
     Ok(())
 }

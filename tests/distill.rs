@@ -2,12 +2,13 @@
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor, Var};
+use dmd_core::card::GeneratorConfig;
 use dmd_core::compare::Tolerance;
 use dmd_core::net::OneStep;
 use dmd_core::schedule::Schedule;
 use dmd_distill::checkpoint::{Checkpoint, Source};
 use dmd_distill::cpu::{self, CpuOps};
-use dmd_distill::losses::{self, NoiseLevels};
+use dmd_distill::losses::{self, Distance, NoiseLevels};
 use dmd_distill::network::{Network, Tensors};
 use dmd_distill::ops::CandleOps;
 use dmd_distill::optimiser::{AdamW, AdamWConfig};
@@ -58,7 +59,7 @@ fn unet2d_matches_diffusers_with_every_gradient() -> Result<()> {
             true => Some(Tensor::new(indices(&golden, "class")?, &CPU)?),
             false => None,
         };
-        let eps_pred = network.eps_pred(&x_t, &t, class.as_ref())?;
+        let eps_pred = network.predict(&x_t, &t, class.as_ref())?;
         compare(file, &flat(&eps_pred)?, &golden.f32("eps_pred")?, EPS_PRED)?;
         let grads = (eps_pred * floats(&golden, "cotangent")?)?.mean_all()?.backward()?;
         let mut compared = 0;
@@ -80,13 +81,14 @@ fn one_step_matches_diffusers() -> Result<()> {
     let (base, golden) = (checkpoint("tiny-class")?, Golden::load("one_step")?);
     let network = Network::frozen(&base.config, &base.tensors, &CPU)?;
     let class = Tensor::new(indices(&golden, "class")?, &CPU)?;
-    let x_gen = network.one_step(&generator(&base), &floats(&golden, "z")?, Some(&class))?;
+    let x_gen = network.one_step(&generator(&base)?, &floats(&golden, "z")?, Some(&class))?;
     compare("x_gen", &flat(&x_gen)?, &golden.f32("x_gen")?, Tolerance { abs: 1e-4, rel: 1e-4 })
 }
 
-fn generator(base: &Checkpoint) -> OneStep {
+fn generator(base: &Checkpoint) -> Result<OneStep> {
     let schedule = Schedule::new(&base.schedule);
-    OneStep { t_gen: 440, input_scale: 1.0, alpha_t: schedule.alpha_t(440), sigma_t: schedule.sigma_t(440) }
+    let config = GeneratorConfig { t_gen: 440, input_scale: 1.0 };
+    Ok(OneStep::new(&config, &schedule)?)
 }
 
 /// Every case of `scripts/golden_ops.py` with the gradients of all its inputs, on the CPU engine and on the
@@ -248,7 +250,7 @@ impl Networks {
             generator: Network::trainable(&base.config, &weights(golden, "generator.")?, &CPU)?,
             fake: Network::trainable(&base.config, &weights(golden, "fake.")?, &CPU)?,
             schedule: Schedule::new(&base.schedule),
-            one_step: generator(&base),
+            one_step: generator(&base)?,
         })
     }
 
@@ -259,7 +261,7 @@ impl Networks {
         let levels = NoiseLevels::new(&self.schedule, &step.indices("t")?, &CPU)?;
         let x_t = levels.noisy(&x_gen.detach(), &step.floats("eps")?)?;
         let x0 = |network: &Network| -> Result<Tensor> {
-            Ok(levels.x0_from_eps(&x_t, &network.eps_pred(&x_t, &levels.t, Some(&class))?)?)
+            Ok(levels.x0(&x_t, &network.predict(&x_t, &levels.t, Some(&class))?)?)
         };
         let (x0_real, x0_fake) = (x0(&self.teacher)?, x0(&self.fake.without_gradient())?);
         let gradient = losses::distribution_matching_gradient(&x_gen, &x0_real, &x0_fake)?;
@@ -275,15 +277,15 @@ impl Networks {
         let dm = losses::distribution_matching(&x_gen, &gradient)?;
         let class = Tensor::new(step.indices("class_ref")?, &CPU)?;
         let x_ref = self.generator.one_step(&self.one_step, &step.floats("z_ref")?, Some(&class))?;
-        Ok((x_gen.detach(), dm, losses::regression(&x_ref, &step.floats("y_ref")?)?))
+        Ok((x_gen.detach(), dm, losses::regression(&x_ref, &step.floats("y_ref")?, Distance::L2)?))
     }
 
     fn critic_loss(&self, step: &Step, x_gen: &Tensor) -> Result<Tensor> {
         let class = Tensor::new(step.indices("class")?, &CPU)?;
         let levels = NoiseLevels::new(&self.schedule, &step.indices("t_fake")?, &CPU)?;
         let eps = step.floats("eps_fake")?;
-        let eps_pred = self.fake.eps_pred(&levels.noisy(x_gen, &eps)?, &levels.t, Some(&class))?;
-        Ok(losses::denoising(&eps_pred, &eps)?)
+        let eps_pred = self.fake.predict(&levels.noisy(x_gen, &eps)?, &levels.t, Some(&class))?;
+        Ok(losses::denoising(&eps_pred, &levels.target(x_gen, &eps)?)?)
     }
 }
 

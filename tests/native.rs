@@ -1,21 +1,24 @@
 //! `dmd-run` and its library: both engines draw the same pictures, an image depends on its seed and number alone,
-//! DDIM follows the schedule, outputs are what `--help` says, and every refusal leaves the disk as it was.
+//! a teacher follows its sampler, outputs are what `--help` says, and every refusal leaves the disk as it was.
 //! Small models with a known answer come from models.rs; pictures are those of the bundled model.
 
 mod models;
 
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use dmd_core::compare::Tolerance;
-use dmd_core::noise::standard_normal;
-use dmd_core::schedule::{Schedule, ScheduleConfig};
+use dmd_core::noise::{standard_normal, step_noise};
+use dmd_core::sampler::Trajectory;
+use dmd_core::schedule::Schedule;
 use dmd_runtime_native::{
-    BUNDLED, BUNDLED_NAME, Class, Model, ModelFile, Options, Provider, Request, Samples,
+    BUNDLED, BUNDLED_NAME, Class, Model, ModelFile, Options, Provider, Request, Sampler, Samples,
 };
-use dmd_tests::{binary, compare};
+use dmd_tests::{binary, compare, repository};
 use tempfile::TempDir;
 use tract_onnx::pb::tensor_proto::DataType;
 
@@ -38,7 +41,7 @@ fn bundled(provider: Provider, threads: usize) -> Result<Model> {
 }
 
 fn images(model: &mut Model, seed: u32, first: u64, count: usize) -> Result<Samples> {
-    Ok(model.generate(&Request { seed, first, count, class: Class::Cycle, steps: None }, &|_| {})?)
+    Ok(model.generate(&Request { first, ..Request::new(seed, count) }, &|_| {})?)
 }
 
 fn levels_apart(a: &Samples, b: &Samples) -> u8 {
@@ -81,34 +84,77 @@ fn an_image_depends_on_its_seed_and_number_alone() -> Result<()> {
     Ok(())
 }
 
-/// A teacher with a known answer: `eps_pred = 0.5·x_t + t/1000 + class/100`, followed through the schedule here.
+/// A teacher with a known answer: `eps_pred = 0.5·x_t + t/1000 + class/100`, followed along the trajectory here.
 #[test]
-fn ddim_follows_the_schedule() -> Result<()> {
+fn a_teacher_follows_the_sampler() -> Result<()> {
     let dir = TempDir::new()?;
     let path = teacher(dir.path())?;
-    let schedule: ScheduleConfig = serde_json::from_value(schedule_json())?;
+    let schedule = Schedule::new(&serde_json::from_value(schedule_json())?);
     for provider in [Provider::Tract, Provider::Cpu] {
         let mut model = Model::open(&path, &options(provider, 1)?)?;
-        for (steps, class) in [(1, Class::Cycle), (3, Class::One(1)), (1000, Class::Cycle)] {
-            let request = Request { seed: 5, first: 1, count: 2, class, steps: Some(steps) };
-            let got = model.generate(&request, &|_| {})?;
+        for (steps, class, sampler) in [
+            (1, Class::Cycle, Sampler::Ddim),
+            (3, Class::One(1), Sampler::Heun),
+            (5, Class::One(2), Sampler::Ddpm),
+            (1000, Class::Cycle, Sampler::Ddim),
+        ] {
+            let request = Request { first: 1, class, steps: Some(steps), sampler, ..Request::new(5, 2) };
+            let path = Trajectory::new(&schedule, sampler, steps, [-1.0, 1.0])?;
+            let done = AtomicUsize::new(0);
+            let got = model.generate(&request, &|n| {
+                done.fetch_add(n, Ordering::Relaxed);
+            })?;
+            assert_eq!(done.into_inner(), 2 * path.evaluations());
             let mut expected = vec![0.0; 2 * 8];
             for (k, x) in (1u64..).zip(expected.chunks_mut(8)) {
                 let class = if let Class::One(c) = class { c as f32 } else { (k % 3) as f32 };
                 standard_normal(5, k, x);
-                for step in Schedule::new(&schedule).ddim(steps)? {
-                    let shift = step.t as f32 / 1000.0 + class / 100.0;
-                    let eps: Vec<f32> = x.iter().map(|x| 0.5 * x + shift).collect();
-                    step.apply(x, &eps, Some([-1.0, 1.0]));
-                }
+                let predict = |t: usize, x: &[f32]| {
+                    let shift = t as f32 / 1000.0 + class / 100.0;
+                    Ok::<_, Infallible>(x.iter().map(|x| 0.5 * x + shift).collect())
+                };
+                path.run(x, predict, |step, out| step_noise(5, k, step, out))?;
             }
-            compare(&format!("{provider}, {steps} steps"), &got.values, &expected, Tolerance::MODEL)?;
+            compare(
+                &format!("{provider}, {steps} {sampler} steps"),
+                &got.values,
+                &expected,
+                Tolerance::MODEL,
+            )?;
         }
-        let samples = model
-            .generate(&Request { seed: 5, first: 0, count: 1, class: Class::Cycle, steps: None }, &|_| {})?;
+        let samples = model.generate(&Request::new(5, 1), &|_| {})?;
         assert_eq!(samples.count(), 1);
     }
     Ok(())
+}
+
+/// The bundled base: guidance 1 is no guidance, 0 the images without class, and the class shows more the stronger it is.
+#[test]
+fn guidance_mixes_the_predictions_with_and_without_class() -> Result<()> {
+    let dir = TempDir::new()?;
+    let path = dir.path().join("base.onnx");
+    let export = Command::new(binary("dmd-export")?)
+        .args([path.as_os_str(), "--teacher".as_ref(), "--from".as_ref()])
+        .arg(repository().join("assets/ddpm-fashion"))
+        .output()?;
+    ensure!(export.status.success(), "{}", text(&export.stderr));
+    let mut model = Model::open(&path, &options(Provider::Tract, 2)?)?;
+    let mut draw = |class: usize, guidance: f64| -> Result<Vec<f32>> {
+        let class = Class::One(class);
+        let request = Request { class, steps: Some(8), guidance, ..Request::new(3, 2) };
+        Ok(model.generate(&request, &|_| {})?.values)
+    };
+    let distance = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+    let (trousers, boots) = (1, 9);
+    compare("guidance 0", &draw(trousers, 0.0)?, &draw(boots, 0.0)?, Tolerance::EXACT)?;
+    let apart = |draw: &mut dyn FnMut(usize, f64) -> Result<Vec<f32>>, guidance: f64| -> Result<f32> {
+        Ok(distance(&draw(trousers, guidance)?, &draw(boots, guidance)?))
+    };
+    let (plain, guided) = (apart(&mut draw, 1.0)?, apart(&mut draw, 3.0)?);
+    ensure!(plain > 1.0 && guided > plain, "without guidance {plain} apart, with it {guided}");
+    refused(dir.path(), &["--guidance", "2"], "takes one step")?;
+    refused(dir.path(), &["base.onnx", "--guidance", "NaN"], "got guidance NaN")?;
+    refused(dir.path(), &["base.onnx", "--sampler", "euler"], "euler")
 }
 
 #[test]

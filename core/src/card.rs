@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::schedule::ScheduleConfig;
+use crate::schedule::{Prediction, ScheduleConfig};
 use crate::{Error, Result};
 
 /// Key of the card in an ONNX file's `metadata_props`.
@@ -20,10 +20,19 @@ pub const OUTPUT_X_GEN: &str = "x_gen";
 pub const INPUT_X_T: &str = "x_t";
 /// Teacher input: step per image, f32 `[n]`.
 pub const INPUT_T: &str = "t";
-/// Teacher output: predicted noise `[n, c, h, w]`.
+/// Output of a teacher that predicts noise `[n, c, h, w]`; see [`output_of`] for the others.
 pub const OUTPUT_EPS_PRED: &str = "eps_pred";
 /// Symbolic batch dimension of every input and output.
 pub const BATCH: &str = "n";
+
+/// Name of a teacher's output: it says what the network predicts.
+pub fn output_of(prediction: Prediction) -> &'static str {
+    match prediction {
+        Prediction::Epsilon => OUTPUT_EPS_PRED,
+        Prediction::Sample => "x0_pred",
+        Prediction::Velocity => "v_pred",
+    }
+}
 
 /// What the file computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

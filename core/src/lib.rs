@@ -8,6 +8,7 @@ pub mod config;
 pub mod net;
 pub mod noise;
 pub mod pixels;
+pub mod sampler;
 pub mod schedule;
 
 mod error;

@@ -17,10 +17,21 @@ pub fn standard_normal(seed: u32, image: u64, out: &mut [f32]) {
     normal(&mut stream(u64::from(seed), image), out);
 }
 
+/// Fills `out` with the standard normal noise that ancestral sampling adds to image `image` of seed `seed` after its
+/// step number `step`, counted from 0: the same words with `step + 1` as u64 little-endian in bytes 8 to 15 of the key.
+pub fn step_noise(seed: u32, image: u64, step: usize, out: &mut [f32]) {
+    normal(&mut keyed(u64::from(seed), step as u64 + 1, image), out);
+}
+
 /// The random words behind the contract: key `seed`, stream `stream`.
 pub fn stream(seed: u64, stream: u64) -> ChaCha8Rng {
+    keyed(seed, 0, stream)
+}
+
+fn keyed(seed: u64, second: u64, stream: u64) -> ChaCha8Rng {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
+    key[8..16].copy_from_slice(&second.to_le_bytes());
     let mut rng = ChaCha8Rng::from_seed(key);
     rng.set_stream(stream);
     rng
@@ -56,6 +67,17 @@ mod tests {
         assert_eq!(bits(42, 7, 5), bits(42, 7, 9)[..5]);
         assert_ne!(bits(42, 7, 4), bits(42, 8, 4));
         assert_ne!(bits(42, 7, 4), bits(43, 7, 4));
+    }
+
+    #[test]
+    fn every_step_has_noise_of_its_own() {
+        let fresh = |step: usize| {
+            let mut out = [0.0; 4];
+            step_noise(42, 7, step, &mut out);
+            out.map(f32::to_bits)
+        };
+        assert_ne!(fresh(0)[..], bits(42, 7, 4)[..]);
+        assert_ne!(fresh(0), fresh(1));
     }
 
     #[test]

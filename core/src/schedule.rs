@@ -1,6 +1,5 @@
-//! DDPM noise schedule and the coefficients of the samplers.
-//! Ho et al. 2020 (arXiv:2006.11239), Eq. 4; Song et al. 2021 (DDIM, arXiv:2010.02502), Eq. 12.
-//! f64 inside, f32 at the point of use. Invariant: no tensors, no randomness, no file access.
+//! DDPM noise schedule: `x_t = alpha_t·x0 + sigma_t·eps` (Ho et al. 2020, arXiv:2006.11239, Eq. 4), and what a network
+//! says about it. f64 inside, f32 at the point of use. Invariant: no tensors, no randomness, no file access.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -20,7 +19,32 @@ pub enum BetaSchedule {
     SquaredcosCapV2,
 }
 
-/// `scheduler_config.json` of diffusers, as far as it describes the forward process.
+/// What a network says about `x_t = alpha_t·x0 + sigma_t·eps`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Prediction {
+    /// The noise `eps`.
+    #[serde(rename = "epsilon")]
+    Epsilon,
+    /// The image `x0`.
+    #[serde(rename = "sample")]
+    Sample,
+    /// `v = alpha_t·eps − sigma_t·x0`. Salimans and Ho 2022 (arXiv:2202.00512), appendix D.
+    #[serde(rename = "v_prediction")]
+    Velocity,
+}
+
+/// Variance of the noise that ancestral sampling adds; Ho et al. 2020, section 3.2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Variance {
+    /// That of the true posterior if `x0` is known.
+    #[serde(rename = "fixed_small", alias = "fixed_small_log")]
+    Small,
+    /// That of the forward step.
+    #[serde(rename = "fixed_large")]
+    Large,
+}
+
+/// `scheduler_config.json` of diffusers: the forward process, what the network predicts, and how it is sampled.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Map<String, Value>", into = "Map<String, Value>")]
 pub struct ScheduleConfig {
@@ -32,6 +56,15 @@ pub struct ScheduleConfig {
     pub beta_start: f64,
     /// `betas[num_train_timesteps - 1]`.
     pub beta_end: f64,
+    /// The betas themselves, instead of a formula.
+    pub trained_betas: Option<Vec<f64>>,
+    /// What the network predicts.
+    pub prediction_type: Prediction,
+    /// Noise of ancestral sampling.
+    pub variance_type: Variance,
+    /// Samplers cut the image a network predicts to this many times half the image range around its middle; none
+    /// does not cut (`clip_sample`, `clip_sample_range`).
+    pub clip: Option<f64>,
 }
 
 impl TryFrom<Map<String, Value>> for ScheduleConfig {
@@ -39,61 +72,105 @@ impl TryFrom<Map<String, Value>> for ScheduleConfig {
 
     fn try_from(map: Map<String, Value>) -> Result<Self> {
         let mut keys = Keys(map);
+        let trained_betas: Option<Vec<f64>> = keys.take("trained_betas", None)?;
+        let steps = trained_betas.as_ref().map_or(1000, Vec::len);
+        let clip_sample = keys.take("clip_sample", true)?;
+        let clip_range = keys.take("clip_sample_range", 1.0)?;
         let config = Self {
-            num_train_timesteps: keys.take("num_train_timesteps", 1000)?,
+            num_train_timesteps: keys.take("num_train_timesteps", steps)?,
             beta_schedule: keys.take("beta_schedule", BetaSchedule::Linear)?,
             beta_start: keys.take("beta_start", 1e-4)?,
             beta_end: keys.take("beta_end", 2e-2)?,
+            prediction_type: keys.take("prediction_type", Prediction::Epsilon)?,
+            variance_type: keys.take("variance_type", Variance::Small)?,
+            clip: if clip_sample { Some(clip_range) } else { None },
+            trained_betas,
         };
-        keys.only("prediction_type", json!("epsilon"))?;
-        keys.only("trained_betas", Value::Null)?;
         keys.only("rescale_betas_zero_snr", json!(false))?;
-        for sampling_only in [
-            "variance_type",
-            "clip_sample",
-            "clip_sample_range",
-            "thresholding",
+        keys.only("thresholding", json!(false))?;
+        for spacing_of_other_samplers in [
             "dynamic_thresholding_ratio",
             "sample_max_value",
             "timestep_spacing",
             "steps_offset",
             "set_alpha_to_one",
         ] {
-            keys.0.remove(sampling_only);
+            keys.0.remove(spacing_of_other_samplers);
         }
         keys.finish()?;
-        if !(2..=100_000).contains(&config.num_train_timesteps) {
-            return Err(Error::config(
-                "num_train_timesteps",
-                format!("got {}, expected 2 to 100000", config.num_train_timesteps),
-            ));
-        }
-        if !(0.0 < config.beta_start && config.beta_start <= config.beta_end && config.beta_end < 1.0) {
-            return Err(Error::config(
-                "beta_start",
-                format!(
-                    "got {} to {}, expected 0 < beta_start <= beta_end < 1",
-                    config.beta_start, config.beta_end
-                ),
-            ));
-        }
+        config.check()?;
         Ok(config)
+    }
+}
+
+impl ScheduleConfig {
+    fn check(&self) -> Result<()> {
+        let wrong = |key: &str, problem: String| Err(Error::config(key, problem));
+        if !(2..=100_000).contains(&self.num_train_timesteps) {
+            return wrong(
+                "num_train_timesteps",
+                format!("got {}, expected 2 to 100000", self.num_train_timesteps),
+            );
+        }
+        if !(0.0 < self.beta_start && self.beta_start <= self.beta_end && self.beta_end < 1.0) {
+            let (start, end) = (self.beta_start, self.beta_end);
+            return wrong(
+                "beta_start",
+                format!("got {start} to {end}, expected 0 < beta_start <= beta_end < 1"),
+            );
+        }
+        if self.clip.is_some_and(|range| !(range > 0.0 && range.is_finite())) {
+            return wrong("clip_sample_range", "expected a positive number".to_owned());
+        }
+        if let Some(betas) = &self.trained_betas {
+            if betas.len() != self.num_train_timesteps {
+                let problem =
+                    format!("got {} values, expected {} steps", betas.len(), self.num_train_timesteps);
+                return wrong("trained_betas", problem);
+            }
+            if let Some(bad) = betas.iter().find(|beta| !(0.0 < **beta && **beta < 1.0)) {
+                return wrong("trained_betas", format!("got {bad}, expected values between 0 and 1"));
+            }
+        }
+        Ok(())
     }
 }
 
 impl From<ScheduleConfig> for Map<String, Value> {
     fn from(c: ScheduleConfig) -> Self {
-        [
+        let always = [
             ("_class_name", json!("DDPMScheduler")),
             ("num_train_timesteps", json!(c.num_train_timesteps)),
             ("beta_schedule", json!(c.beta_schedule)),
             ("beta_start", json!(c.beta_start)),
             ("beta_end", json!(c.beta_end)),
-            ("prediction_type", json!("epsilon")),
-        ]
-        .into_iter()
-        .map(|(k, v)| (k.to_owned(), v))
-        .collect()
+            ("prediction_type", json!(c.prediction_type)),
+            ("variance_type", json!(c.variance_type)),
+            ("clip_sample", json!(c.clip.is_some())),
+        ];
+        let range = c.clip.filter(|range| *range != 1.0).map(|range| ("clip_sample_range", json!(range)));
+        let trained = c.trained_betas.map(|betas| ("trained_betas", json!(betas)));
+        always.into_iter().chain(range).chain(trained).map(|(k, v)| (k.to_owned(), v)).collect()
+    }
+}
+
+impl Prediction {
+    /// The image that a prediction implies, as factors of `x_t` and of the prediction.
+    pub fn x0_factors(self, alpha_t: f64, sigma_t: f64) -> (f64, f64) {
+        match self {
+            Self::Epsilon => (1.0 / alpha_t, -sigma_t / alpha_t),
+            Self::Sample => (0.0, 1.0),
+            Self::Velocity => (alpha_t, -sigma_t),
+        }
+    }
+
+    /// What the network is trained to say, as factors of `x0` and of `eps`.
+    pub fn target_factors(self, alpha_t: f64, sigma_t: f64) -> (f64, f64) {
+        match self {
+            Self::Epsilon => (0.0, 1.0),
+            Self::Sample => (1.0, 0.0),
+            Self::Velocity => (-sigma_t, alpha_t),
+        }
     }
 }
 
@@ -104,21 +181,12 @@ pub struct Schedule {
     pub betas: Vec<f64>,
     /// Cumulative product of `1 − betas`; index 0 is one noise step.
     pub alphas_cumprod: Vec<f64>,
-}
-
-/// One step of a deterministic sampler: `x_s = x0_coef·x0_pred + eps_coef·eps_pred`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct DdimStep {
-    /// Step the network is asked at.
-    pub t: usize,
-    /// `alpha_t` at `t`.
-    pub alpha_t: f64,
-    /// `sigma_t` at `t`.
-    pub sigma_t: f64,
-    /// `alpha_t` of the step that follows; 1 at the end.
-    pub x0_coef: f64,
-    /// `sigma_t` of the step that follows; 0 at the end.
-    pub eps_coef: f64,
+    /// What the network predicts.
+    pub prediction: Prediction,
+    /// Noise of ancestral sampling.
+    pub variance: Variance,
+    /// See [`ScheduleConfig::clip`].
+    pub clip: Option<f64>,
 }
 
 impl Schedule {
@@ -130,16 +198,15 @@ impl Schedule {
             let c = libm::cos((i as f64 / n as f64 + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2);
             c * c
         };
-        let betas: Vec<f64> = (0..n)
-            .map(|i| match config.beta_schedule {
-                BetaSchedule::Linear => at(i, config.beta_start, config.beta_end),
-                BetaSchedule::ScaledLinear => {
-                    let root = at(i, config.beta_start.sqrt(), config.beta_end.sqrt());
-                    root * root
-                }
-                BetaSchedule::SquaredcosCapV2 => (1.0 - cosine(i + 1) / cosine(i)).min(0.999),
-            })
-            .collect();
+        let formula = (0..n).map(|i| match config.beta_schedule {
+            BetaSchedule::Linear => at(i, config.beta_start, config.beta_end),
+            BetaSchedule::ScaledLinear => {
+                let root = at(i, config.beta_start.sqrt(), config.beta_end.sqrt());
+                root * root
+            }
+            BetaSchedule::SquaredcosCapV2 => (1.0 - cosine(i + 1) / cosine(i)).min(0.999),
+        });
+        let betas: Vec<f64> = config.trained_betas.clone().unwrap_or_else(|| formula.collect());
         let alphas_cumprod = betas
             .iter()
             .scan(1.0, |product, beta| {
@@ -147,7 +214,8 @@ impl Schedule {
                 Some(*product)
             })
             .collect();
-        Self { betas, alphas_cumprod }
+        let (prediction, variance) = (config.prediction_type, config.variance_type);
+        Self { betas, alphas_cumprod, prediction, variance, clip: config.clip }
     }
 
     /// Number of noise levels.
@@ -170,105 +238,75 @@ impl Schedule {
         let distance = |t: usize| (self.sigma_t(t) / self.alpha_t(t) / sigma_edm).ln().abs();
         (0..self.num_train_timesteps()).min_by(|&a, &b| distance(a).total_cmp(&distance(b))).unwrap_or(0)
     }
-
-    /// DDIM with eta = 0 in `steps` network evaluations, from pure noise at the last step to the image.
-    ///
-    /// Steps are spaced as diffusers' `trailing`: `round(T − i·T/steps) − 1`, so that every count starts at T − 1.
-    pub fn ddim(&self, steps: usize) -> Result<Vec<DdimStep>> {
-        let total = self.num_train_timesteps();
-        if steps == 0 || steps > total {
-            return Err(Error::Request(format!("got {steps} steps, expected 1 to {total}")));
-        }
-        let t_at = |i: usize| (total as f64 - i as f64 * total as f64 / steps as f64).round() as usize - 1;
-        Ok((0..steps)
-            .map(|i| {
-                let t = t_at(i);
-                let (x0_coef, eps_coef) = if i + 1 == steps {
-                    (1.0, 0.0)
-                } else {
-                    (self.alpha_t(t_at(i + 1)), self.sigma_t(t_at(i + 1)))
-                };
-                DdimStep { t, alpha_t: self.alpha_t(t), sigma_t: self.sigma_t(t), x0_coef, eps_coef }
-            })
-            .collect())
-    }
-}
-
-impl DdimStep {
-    /// Replaces `x_t` by the next, less noisy image.
-    ///
-    /// `clip` is the value range that `x0_pred` is cut to, as DDPM samplers do (`clip_sample`); `eps_pred` is then
-    /// recomputed from the cut image, so that the step stays on the trajectory. Song et al. 2021, Eq. 12.
-    ///
-    /// # Shapes
-    /// `x_t` and `eps_pred` have the same number of elements, in any layout.
-    pub fn apply(&self, x_t: &mut [f32], eps_pred: &[f32], clip: Option<[f32; 2]>) {
-        let (alpha, sigma) = (self.alpha_t as f32, self.sigma_t as f32);
-        let (a, b) = (self.x0_coef as f32, self.eps_coef as f32);
-        for (x, &eps) in x_t.iter_mut().zip(eps_pred) {
-            let mut x0 = (*x - sigma * eps) / alpha;
-            let mut direction = eps;
-            if let Some([lo, hi]) = clip {
-                x0 = x0.clamp(lo, hi);
-                direction = (*x - alpha * x0) / sigma;
-            }
-            *x = a * x0 + b * direction;
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn linear() -> Schedule {
-        Schedule::new(&ScheduleConfig {
-            num_train_timesteps: 1000,
-            beta_schedule: BetaSchedule::Linear,
-            beta_start: 1e-4,
-            beta_end: 2e-2,
-        })
+    fn read(text: &str) -> serde_json::Result<ScheduleConfig> {
+        serde_json::from_str(text)
     }
 
     #[test]
     fn the_ddpm_schedule_has_its_published_end() {
-        let s = linear();
+        let s = Schedule::new(&read("{}").unwrap());
         assert!((s.alpha_t(999) - 0.006353).abs() < 1e-6);
         assert!((s.sigma_t(999) - 0.999980).abs() < 1e-6);
         assert_eq!(s.nearest_step(2.5), 440);
     }
 
     #[test]
-    fn ddim_starts_at_the_last_step_and_ends_at_the_image() {
-        for steps in [1, 2, 7, 50, 1000] {
-            let path = linear().ddim(steps).unwrap();
-            assert_eq!((path.len(), path[0].t), (steps, 999));
-            assert_eq!((path[steps - 1].x0_coef, path[steps - 1].eps_coef), (1.0, 0.0));
-            assert!(path.windows(2).all(|w| w[0].t > w[1].t));
-        }
-        assert!(linear().ddim(0).is_err());
-        assert!(linear().ddim(1001).is_err());
-    }
-
-    #[test]
-    fn a_true_noise_prediction_leads_back_to_the_image() {
-        let (x0, eps) = (0.3f32, -1.2f32);
-        for steps in [1, 5] {
-            let path = linear().ddim(steps).unwrap();
-            let mut x = [(path[0].alpha_t as f32) * x0 + (path[0].sigma_t as f32) * eps];
-            for step in &path {
-                step.apply(&mut x, &[eps], None);
-            }
-            assert!((x[0] - x0).abs() < 1e-4, "{steps} steps: {x:?}");
+    fn a_prediction_of_the_truth_implies_the_image() {
+        let (alpha, sigma) = (0.6, 0.8);
+        let (x0, eps) = (0.3, -1.2);
+        let x_t = alpha * x0 + sigma * eps;
+        for prediction in [Prediction::Epsilon, Prediction::Sample, Prediction::Velocity] {
+            let (of_x0, of_eps) = prediction.target_factors(alpha, sigma);
+            let (of_x_t, of_target) = prediction.x0_factors(alpha, sigma);
+            let got = of_x_t * x_t + of_target * (of_x0 * x0 + of_eps * eps);
+            assert!((got - x0).abs() < 1e-12, "{prediction:?}: got {got}");
         }
     }
 
     #[test]
-    fn an_unknown_scheduler_key_is_refused_by_name() {
-        let err =
-            serde_json::from_str::<ScheduleConfig>(r#"{"prediction_type":"v_prediction"}"#).unwrap_err();
-        assert!(err.to_string().contains("prediction_type"), "{err}");
-        let err = serde_json::from_str::<ScheduleConfig>(r#"{"use_karras_sigmas":true}"#).unwrap_err();
-        assert!(err.to_string().contains("use_karras_sigmas"), "{err}");
+    fn trained_betas_are_taken_as_they_are() {
+        let config = read(r#"{"trained_betas":[0.1,0.2,0.5]}"#).unwrap();
+        let schedule = Schedule::new(&config);
+        assert_eq!(schedule.betas, [0.1, 0.2, 0.5]);
+        assert!((schedule.alphas_cumprod[2] - 0.9 * 0.8 * 0.5).abs() < 1e-15);
+    }
+
+    #[test]
+    fn a_configuration_survives_writing_and_reading() {
+        for text in [
+            "{}",
+            r#"{"clip_sample":false,"variance_type":"fixed_large","prediction_type":"v_prediction"}"#,
+            r#"{"clip_sample_range":2.0,"trained_betas":[0.1,0.2],"prediction_type":"sample"}"#,
+        ] {
+            let config = read(text).unwrap();
+            assert_eq!(read(&serde_json::to_string(&config).unwrap()).unwrap(), config, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_implemented_is_refused_by_key() {
+        for (key, value) in [
+            ("prediction_type", r#""flow""#),
+            ("beta_schedule", r#""sigmoid""#),
+            ("variance_type", r#""learned_range""#),
+            ("thresholding", "true"),
+            ("rescale_betas_zero_snr", "true"),
+            ("trained_betas", "[0.1,1.5]"),
+            ("trained_betas", "[0.1]"),
+            ("clip_sample_range", "-1"),
+            ("num_train_timesteps", "1"),
+            ("beta_start", "0.5"),
+            ("use_karras_sigmas", "true"),
+        ] {
+            let err = read(&format!("{{\"{key}\":{value}}}")).unwrap_err().to_string();
+            let named = if value == "[0.1]" { "num_train_timesteps" } else { key };
+            assert!(err.contains(named), "{key}: {err}");
+        }
     }
 }

@@ -10,10 +10,10 @@ use dmd_core::net::{Activation, BatchNorm, Conv2d, ConvTranspose2d, GroupNorm, L
 use dmd_core::noise;
 use dmd_distill::base;
 use dmd_distill::cpu::{self, CpuOps, Value};
+use dmd_distill::distillation::{Distillation, Material};
 use dmd_distill::ops::Error;
 use dmd_distill::options::Recipe;
-use dmd_distill::pairs::{self, PairsOptions};
-use dmd_distill::train::Distillation;
+use dmd_distill::pairs;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -132,14 +132,15 @@ fn dmd_update(c: &mut Criterion) {
     };
     let options = recipe.resolve(name, &checkpoint).expect("options");
     let folder = tempfile::tempdir().expect("a folder");
-    let description = PairsOptions::new(name, &checkpoint, options.pair_steps, options.seed);
-    let pairs = pairs::prepare(folder.path(), &description, &checkpoint, BATCH, &Device::Cpu).expect("pairs");
+    let pairs = pairs::prepare(folder.path(), &options.pairs(&checkpoint), &checkpoint, BATCH, &Device::Cpu)
+        .expect("pairs");
+    let material = Material { pairs: Some(pairs), real: None };
     let mut work = Distillation::new(&options, &checkpoint, None, &Device::Cpu).expect("networks");
     let mut step = 0;
     c.bench_function("DMD update of ddpm-fashion, batch 64", |bench| {
         bench.iter(|| {
             step += 1;
-            work.update(step, Some(&pairs)).expect("an update").dm
+            work.update(step, &material).expect("an update").dm
         });
     });
 }

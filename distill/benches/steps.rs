@@ -35,11 +35,11 @@ fn main() -> Result<()> {
         let start = Instant::now();
         let value = match line?.as_str() {
             "train" => {
-                let loss = losses::denoising(&network.eps_pred(x_t, &t, class.as_ref())?, eps)?;
+                let loss = losses::denoising(&network.predict(x_t, &t, class.as_ref())?, eps)?;
                 optimiser.step(network.variables(), &loss.backward()?)?;
                 loss
             }
-            "forward" => frozen.eps_pred(x_t, &t, class.as_ref())?.mean_all()?,
+            "forward" => frozen.predict(x_t, &t, class.as_ref())?.mean_all()?,
             other => bail!("got `{other}`, expected `train` or `forward`"),
         };
         let seconds = start.elapsed().as_secs_f64();

@@ -5,16 +5,17 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use dmd_core::net::shapes;
+use dmd_core::sampler::Sampler;
 use dmd_core::schedule::Schedule;
 
 use crate::base::{self, PRESETS};
 use crate::checkpoint::{Checkpoint, Source};
 use crate::error::{Error, Result};
-use crate::network::Network;
+use crate::network::{Guidance, Network};
 use crate::options::{DistillArgs, PairsArgs, Recipe, SampleArgs};
 use crate::pairs::{self, PairsOptions};
 use crate::run::{Run, images, save_grid};
-use crate::sampler::{Request, ddim, one_step};
+use crate::sampler::{self, Request, Sampling, one_step};
 use crate::teacher;
 use crate::teacher::options::{TeacherArgs, TeacherOptions};
 use crate::train::{self, DistillOptions};
@@ -121,13 +122,15 @@ fn estimate(options: &DistillOptions, base: &Checkpoint, target: &Device) -> Res
     let mut seconds = f64::INFINITY;
     for _ in 0..3 {
         let started = Instant::now();
-        network.eps_pred(&z, &t, class.as_ref())?.sum_all()?.to_scalar::<f32>()?;
+        network.predict(&z, &t, class.as_ref())?.sum_all()?.to_scalar::<f32>()?;
         seconds = seconds.min(started.elapsed().as_secs_f64() / MEASURED as f64);
     }
     let regression = if options.pairs > 0 { 3 } else { 0 };
-    let passes = 5 + regression + 3 * options.fake_updates + options.fake_updates - 1;
+    let guided = u64::from(options.guidance != 1.0);
+    let passes = 5 + guided + regression + 3 * options.fake_updates + options.fake_updates - 1;
     let training = options.train_steps as f64 * options.batch as f64 * passes as f64 * seconds;
-    let pairs = options.pairs as f64 * options.pair_steps as f64 * seconds;
+    let per_step = (1 + guided) as f64 * if options.pair_sampler == Sampler::Heun { 2.0 } else { 1.0 };
+    let pairs = options.pairs as f64 * options.pair_steps as f64 * per_step * seconds;
     let weights = 10.0 * summary.parameter_count() as f64;
     let passes_kept = if options.pairs > 0 { 2 } else { 1 };
     let activations = (passes_kept * options.batch) as f64 * summary.activations as f64;
@@ -200,7 +203,8 @@ pub fn pairs(args: &PairsArgs) -> Result<()> {
     if args.count == 0 || args.steps == 0 || args.steps > total {
         return Err(Error::Request(format!("`--count` must be at least 1 and `--steps` from 1 to {total}")));
     }
-    let options = PairsOptions::new(&args.base, &checkpoint, args.steps, args.seed);
+    let options =
+        PairsOptions::new(&args.base, &checkpoint, args.sampler, args.steps, args.guidance, args.seed);
     let folder = args.out.clone().unwrap_or_else(|| Path::new("pairs").join(options.folder_name()));
     progress::handle_interrupts();
     let found = pairs::prepare(&folder, &options, &checkpoint, args.count, &target)?;
@@ -228,13 +232,23 @@ pub fn sample(args: &SampleArgs) -> Result<()> {
             args.model
         )));
     }
+    let guidance = match constants {
+        Some(_) if args.guidance != 1.0 => {
+            return Err(Error::Request(format!(
+                "`{}` is a one-step generator, `--guidance` does not apply",
+                args.model
+            )));
+        }
+        _ => Guidance::new(args.guidance, checkpoint.provenance.classes.as_ref())?,
+    };
+    let sampling = Sampling { sampler: args.sampler, steps, guidance };
     let mut shown = Vec::new();
     for first in (0..args.count).step_by(BATCH) {
         let count = BATCH.min(args.count - first);
         let request = Request::new(args.seed, first as u64, count, checkpoint.class_count());
         let x = match &constants {
             Some(constants) => one_step(&network, constants, &request)?,
-            None => ddim(&network, &schedule, &request, steps)?,
+            None => sampler::sample(&network, &schedule, &request, &sampling)?,
         };
         shown.extend(images(&x, checkpoint.config.range())?);
     }

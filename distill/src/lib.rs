@@ -9,6 +9,7 @@ pub mod commands;
 pub mod cpu;
 pub mod data;
 pub mod device;
+pub mod distillation;
 pub mod error;
 pub mod files;
 pub mod hub;

@@ -1,15 +1,18 @@
-//! The three losses of DMD and what they are made of, as pure functions on tensors.
-//! Yin et al. 2024 (arXiv:2311.18828). Networks are not known here; all predictions are `x0` or `eps` already.
+//! The losses of DMD and what they are made of, as pure functions on tensors.
+//! Yin et al. 2024 (arXiv:2311.18828). Networks are not known here; what one predicts, [`NoiseLevels`] knows.
 
 use candle_core::{Device, Tensor};
-use dmd_core::schedule::Schedule;
+use dmd_core::schedule::{Prediction, Schedule};
+use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 
+/// Transition of the pseudo-Huber distance from square to norm, per square root of an image's values.
+const HUBER: f64 = 0.00054;
 /// Smallest mean error that the distribution-matching gradient is divided by, so that a flat image cannot blow it up.
 const SMALLEST_ERROR: f64 = 1e-5;
 
-/// `alpha_t` and `sigma_t` of a batch of steps.
+/// `alpha_t` and `sigma_t` of a batch of steps, and what a network's prediction at them means.
 pub struct NoiseLevels {
     /// The steps, `[b]` f32, as networks take them.
     pub t: Tensor,
@@ -17,6 +20,7 @@ pub struct NoiseLevels {
     pub alpha_t: Tensor,
     /// `[b, 1, 1, 1]`.
     pub sigma_t: Tensor,
+    prediction: Prediction,
 }
 
 impl NoiseLevels {
@@ -30,6 +34,7 @@ impl NoiseLevels {
             t: Tensor::from_vec(t.iter().map(|&t| t as f32).collect::<Vec<_>>(), t.len(), device)?,
             alpha_t: column(&|t| schedule.alpha_t(t))?,
             sigma_t: column(&|t| schedule.sigma_t(t))?,
+            prediction: schedule.prediction,
         })
     }
 
@@ -41,12 +46,32 @@ impl NoiseLevels {
         Ok((x0.broadcast_mul(&self.alpha_t)? + eps.broadcast_mul(&self.sigma_t)?)?)
     }
 
-    /// `x0_pred = (x_t − sigma_t·eps_pred)/alpha_t`.
+    /// The image that a network's prediction implies; from predicted noise `(x_t − sigma_t·eps_pred)/alpha_t`.
     ///
     /// # Shapes
-    /// `x_t`, `eps_pred`: `[b, c, h, w]`; returns the same.
-    pub fn x0_from_eps(&self, x_t: &Tensor, eps_pred: &Tensor) -> Result<Tensor> {
-        Ok((x_t - eps_pred.broadcast_mul(&self.sigma_t)?)?.broadcast_div(&self.alpha_t)?)
+    /// `x_t`, `prediction`: `[b, c, h, w]`; returns the same.
+    pub fn x0(&self, x_t: &Tensor, prediction: &Tensor) -> Result<Tensor> {
+        Ok(match self.prediction {
+            Prediction::Epsilon => {
+                (x_t - prediction.broadcast_mul(&self.sigma_t)?)?.broadcast_div(&self.alpha_t)?
+            }
+            Prediction::Sample => prediction.clone(),
+            Prediction::Velocity => {
+                (x_t.broadcast_mul(&self.alpha_t)? - prediction.broadcast_mul(&self.sigma_t)?)?
+            }
+        })
+    }
+
+    /// What the network is trained to predict: `eps`, `x0`, or `v = alpha_t·eps − sigma_t·x0`.
+    ///
+    /// # Shapes
+    /// `x0`, `eps`: `[b, c, h, w]`; returns the same.
+    pub fn target(&self, x0: &Tensor, eps: &Tensor) -> Result<Tensor> {
+        Ok(match self.prediction {
+            Prediction::Epsilon => eps.clone(),
+            Prediction::Sample => x0.clone(),
+            Prediction::Velocity => (eps.broadcast_mul(&self.alpha_t)? - x0.broadcast_mul(&self.sigma_t)?)?,
+        })
     }
 }
 
@@ -54,7 +79,7 @@ impl NoiseLevels {
 /// `(x0_fake − x0_real) / mean|x_gen − x0_real|`, the mean per sample over C, H, W.
 ///
 /// Yin et al. 2024 (arXiv:2311.18828), Eq. 7 weighted by Eq. 8. Multiplied out, the printed equations keep a factor
-/// `alpha_t`; it is dropped here, as in the paper's Algorithm 2.
+/// `alpha_t`; it is dropped here, as in the paper's Algorithm 2 (`--dm-alpha-factor` brings it back).
 ///
 /// # Shapes
 /// `x_gen`, `x0_real`, `x0_fake`: `[b, c, h, w]`; returns the same, detached.
@@ -76,18 +101,64 @@ pub fn distribution_matching(x_gen: &Tensor, gradient: &Tensor) -> Result<Tensor
     Ok(((x_gen - target)?.sqr()?.mean_all()? * 0.5)?)
 }
 
-/// `mean((x_gen − y)²)` over pairs of a base's deterministic sampler. Eq. 9 with the squared distance.
+/// How far a generated image is from its pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Distance {
+    /// Mean squared difference.
+    L2,
+    /// Pseudo-Huber: nearly the norm of the difference, so that single bad pairs count less. Song and Dhariwal 2023
+    /// (arXiv:2310.14189), section 3.3.
+    Huber,
+}
+
+/// The distance of generated images from the images of pairs: Eq. 9 with a distance in pixels.
+///
+/// `l2`: `mean((x_gen − y)²)`. `huber`: `mean_b(sqrt(‖x_gen − y‖² + c²) − c)/sqrt(d)` with `c = 0.00054·sqrt(d)` for images of
+/// `d` values.
 ///
 /// # Shapes
 /// `x_gen`, `y`: `[b, c, h, w]`; returns a scalar.
-pub fn regression(x_gen: &Tensor, y: &Tensor) -> Result<Tensor> {
-    Ok((x_gen - y)?.sqr()?.mean_all()?)
+pub fn regression(x_gen: &Tensor, y: &Tensor, distance: Distance) -> Result<Tensor> {
+    let square = (x_gen - y)?.sqr()?;
+    Ok(match distance {
+        Distance::L2 => square.mean_all()?,
+        Distance::Huber => {
+            let c = HUBER;
+            let mean = square.flatten_from(1)?.mean(1)?;
+            ((mean + c * c)?.sqrt()? - c)?.mean_all()?
+        }
+    })
 }
 
-/// `mean((eps_pred − eps)²)`: the loss of bases and critic. Eq. 6, weighted as the base was trained.
+/// `mean(softplus(−D(fake)))`: what the generator minimises. Yin et al. 2024 (DMD2, arXiv:2405.14867), Eq. 4, in the form
+/// that does not saturate (Goodfellow et al. 2014, arXiv:1406.2661, section 3).
 ///
 /// # Shapes
-/// `eps_pred`, `eps`: `[b, c, h, w]`; returns a scalar.
-pub fn denoising(eps_pred: &Tensor, eps: &Tensor) -> Result<Tensor> {
-    Ok((eps_pred - eps)?.sqr()?.mean_all()?)
+/// `fake`: logits of any shape; returns a scalar.
+pub fn adversarial(fake: &Tensor) -> Result<Tensor> {
+    Ok(softplus(&fake.neg()?)?.mean_all()?)
+}
+
+/// `mean(softplus(D(fake))) + mean(softplus(−D(real)))`: what the discriminator minimises. DMD2, Eq. 4.
+///
+/// # Shapes
+/// Logits of any shape; returns a scalar.
+pub fn discrimination(real: &Tensor, fake: &Tensor) -> Result<Tensor> {
+    Ok((softplus(fake)?.mean_all()? + softplus(&real.neg()?)?.mean_all()?)?)
+}
+
+/// `ln(1 + exp(x))` without overflow; its gradient is the sigmoid everywhere.
+fn softplus(x: &Tensor) -> Result<Tensor> {
+    let top = x.detach().maximum(0.0)?;
+    Ok((((x - &top)?.exp()? + top.neg()?.exp()?)?.log()? + top)?)
+}
+
+/// `mean((prediction − target)²)`: the loss of bases and critic, for predicted noise `mean((eps_pred − eps)²)`. Eq. 6,
+/// weighted as the base was trained.
+///
+/// # Shapes
+/// `prediction`, `target` ([`NoiseLevels::target`]): `[b, c, h, w]`; returns a scalar.
+pub fn denoising(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
+    Ok((prediction - target)?.sqr()?.mean_all()?)
 }

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var};
+use dmd_core::card::Classes;
 use dmd_core::config::ModelConfig;
-use dmd_core::net::{OneStep, celeba_unet, denoise, one_step, shapes};
+use dmd_core::net::{OneStep, celeba_unet, denoise, discriminator, one_step, shapes};
 
 use crate::cpu;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::CandleOps;
 use crate::random::{Purpose, Random};
 use crate::statistics::BatchStatistics;
@@ -26,6 +27,32 @@ pub struct Network {
     dtype: DType,
     /// Present while BatchNorm normalises by its own batch.
     statistics: Option<BatchStatistics>,
+}
+
+/// Classifier-free guidance of a base that was trained with dropped labels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Guidance {
+    /// Strength; 1 is the class alone.
+    pub scale: f64,
+    /// The class that stands for none.
+    pub none: u32,
+}
+
+impl Guidance {
+    /// Of strength `scale` for a base with these classes; none for 1.
+    ///
+    /// # Errors
+    /// If the base knows no class that stands for none.
+    pub fn new(scale: f64, classes: Option<&Classes>) -> Result<Option<Self>> {
+        match classes.and_then(|classes| classes.none) {
+            _ if scale == 1.0 => Ok(None),
+            Some(none) if scale.is_finite() => Ok(Some(Self { scale, none: none as u32 })),
+            Some(_) => Err(Error::Request(format!("got `--guidance {scale}`, expected a finite number"))),
+            None => Err(Error::Request(format!(
+                "got `--guidance {scale}`, expected 1: the base was not trained with a class that stands for none"
+            ))),
+        }
+    }
 }
 
 impl Network {
@@ -91,18 +118,18 @@ impl Network {
         Self { dtype, ..self }
     }
 
-    /// Predicted noise.
+    /// What the network predicts: noise, image or velocity; [`crate::losses::NoiseLevels`] knows what that means.
     ///
     /// # Shapes
     /// `x_t` `[n, c, h, w]`, `t` `[n]` or `[1]` f32, `class` `[n]` u32; returns `[n, c, h, w]`.
-    pub fn eps_pred(&self, x_t: &Tensor, t: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
+    pub fn predict(&self, x_t: &Tensor, t: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
         if !self.device.is_cpu() {
             let mut ops = CandleOps::new(&self.parameters, &self.device).in_type(self.dtype);
             if let Some(statistics) = &self.statistics {
                 ops.use_batch_statistics(statistics.clone());
             }
-            let eps_pred = denoise(&mut ops, &self.config, &x_t.to_dtype(self.dtype)?, t, class)?;
-            return Ok(eps_pred.to_dtype(DType::F32)?);
+            let prediction = denoise(&mut ops, &self.config, &x_t.to_dtype(self.dtype)?, t, class)?;
+            return Ok(prediction.to_dtype(DType::F32)?);
         }
         let (config, class) = (self.config.clone(), numbers(class)?);
         let (t, statistics) = (t.to_vec1::<f32>()?, self.statistics.clone());
@@ -112,6 +139,46 @@ impl Network {
             }
             let (t, class) = (ops.numbers(&t), class.map(|class| ops.numbers(&class)));
             denoise(ops, &config, &x[0], &t, class.as_ref())
+        })?)
+    }
+
+    /// The prediction with classifier-free guidance, `none + scale·(class − none)`, in one pass over both.
+    /// Ho and Salimans 2022 (arXiv:2207.12598), Eq. 6 with `scale = 1 + w`.
+    ///
+    /// # Shapes
+    /// As [`Self::predict`].
+    pub fn predict_guided(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        class: Option<&Tensor>,
+        guidance: Option<Guidance>,
+    ) -> Result<Tensor> {
+        let (Some(class), Some(Guidance { scale, none })) = (class, guidance) else {
+            return self.predict(x_t, t, class);
+        };
+        let n = x_t.dims()[0];
+        let twice = |x: &Tensor| Tensor::cat(&[x, x], 0);
+        let t = if t.dims()[0] == 1 { t.clone() } else { twice(t)? };
+        let classes = Tensor::cat(&[class, &Tensor::full(none, n, class.device())?], 0)?;
+        let both = self.predict(&twice(x_t)?, &t, Some(&classes))?;
+        let (with, without) = (both.narrow(0, 0, n)?, both.narrow(0, n, n)?);
+        Ok(((with - &without)?.affine(scale, 0.0)? + without)?)
+    }
+
+    /// How real the critic's head takes noisy images to be, as logits; see [`discriminator`].
+    ///
+    /// # Shapes
+    /// Arguments as [`Self::predict`]; returns `[n, 1, 1, 1]`.
+    pub fn logit(&self, x_t: &Tensor, t: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
+        if !self.device.is_cpu() {
+            let mut ops = CandleOps::new(&self.parameters, &self.device);
+            return Ok(discriminator::logit(&mut ops, &self.config, x_t, t, class)?);
+        }
+        let (config, class, t) = (self.config.clone(), numbers(class)?, t.to_vec1::<f32>()?);
+        Ok(cpu::apply(std::slice::from_ref(x_t), &self.parameters, move |ops, x| {
+            let (t, class) = (ops.numbers(&t), class.map(|class| ops.numbers(&class)));
+            discriminator::logit(ops, &config, &x[0], &t, class.as_ref())
         })?)
     }
 
@@ -153,27 +220,39 @@ fn numbers(class: Option<&Tensor>) -> Result<Option<Vec<f32>>> {
     Ok(classes.map(|classes| classes.iter().map(|class| *class as f32).collect()))
 }
 
-/// Initial weights as PyTorch makes them: uniform in ±1/sqrt(fan in) for layers, 1 and 0 for norms, standard normal
-/// for embeddings.
+/// Initial weights of a network.
 pub fn initial_weights(config: &ModelConfig, seed: u32) -> Result<Tensors> {
-    let summary = shapes::summarise(config)?;
+    let mut tensors = initialise(&shapes::summarise(config)?, seed, Purpose::Weights)?;
+    if let ModelConfig::CelebaUnet(config) = config {
+        for (name, table) in tensors.iter_mut().filter(|(name, _)| *name == "time_embed.weight") {
+            *table = Tensor::from_vec(celeba_unet::time_table(config), table.shape(), &Device::Cpu)
+                .map_err(|e| e.context(name.clone()))?;
+        }
+    }
+    Ok(tensors)
+}
+
+/// Initial weights of the head that tells real images from generated ones.
+pub fn initial_discriminator(config: &ModelConfig, seed: u32) -> Result<Tensors> {
+    initialise(&shapes::summarise_discriminator(config)?, seed, Purpose::Discriminator)
+}
+
+/// As PyTorch does it: uniform in ±1/sqrt(fan in) for layers, 1 and 0 for norms, standard normal for embeddings.
+fn initialise(summary: &shapes::Summary, seed: u32, purpose: Purpose) -> Result<Tensors> {
     let mut tensors = Tensors::new();
     for (i, (name, shape)) in summary.parameters.iter().enumerate() {
-        let mut random = Random::new(seed, Purpose::Weights, i as u64);
+        let mut random = Random::new(seed, purpose, i as u64);
         let count = shape.iter().product::<usize>();
         let layer = name.strip_suffix(".weight").or(name.strip_suffix(".bias")).unwrap_or(name);
         let fan_in = |weight: &Vec<usize>| weight[1..].iter().product::<usize>();
         let fan_in = summary.parameters.get(&format!("{layer}.weight")).filter(|w| w.len() > 1).map(fan_in);
-        let values = match (config, fan_in) {
-            (ModelConfig::CelebaUnet(config), _) if summary.frozen.contains(name) => {
-                celeba_unet::time_table(config)
-            }
-            (_, Some(_)) if layer.ends_with("class_embedding") => random.normal(count),
-            (_, Some(fan_in)) => {
+        let values = match fan_in {
+            Some(_) if layer.ends_with("class_embedding") => random.normal(count),
+            Some(fan_in) => {
                 let bound = 1.0 / (fan_in as f64).sqrt();
                 (0..count).map(|_| ((random.unit() * 2.0 - 1.0) * bound) as f32).collect()
             }
-            (_, None) => {
+            None => {
                 let one = name.ends_with(".weight") || name.ends_with(".running_var");
                 vec![f32::from(one); count]
             }

@@ -2,16 +2,24 @@
 
 use std::path::{Path, PathBuf};
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+use dmd_core::sampler::Sampler;
 use dmd_core::schedule::Schedule;
 use serde::Deserialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::losses::Distance;
+use crate::network::Guidance;
 use crate::pairs::PairsOptions;
 use crate::teacher::options::TeacherArgs;
-use crate::train::DistillOptions;
+use crate::train::{DistillOptions, Method};
+
+fn sampler() -> impl TypedValueParser<Value = Sampler> {
+    PossibleValuesParser::new(Sampler::NAMES).try_map(|name| name.parse::<Sampler>())
+}
 
 /// `sigma_t / alpha_t` of the step that `--t-gen auto` picks.
 const AUTO_SIGMA_EDM: f64 = 2.5;
@@ -98,6 +106,13 @@ pub struct DistillArgs {
 #[derive(Clone, Debug, Default, PartialEq, Args, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Recipe {
+    /// Which losses: dmd (distribution matching and regression on pairs) or dmd2 (distribution matching and a
+    /// discriminator of real images, no pairs) [default: dmd]
+    #[arg(long, value_enum)]
+    pub method: Option<Method>,
+    /// Real images for the discriminator: a folder with the data set's files [default: searched as for `teacher`]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
     /// Generator updates [default: 2000]
     #[arg(long, value_name = "N")]
     pub train_steps: Option<u64>,
@@ -113,18 +128,45 @@ pub struct Recipe {
     /// Updates over which both learning rates grow to their value [default: 50]
     #[arg(long, value_name = "N")]
     pub warmup: Option<u64>,
-    /// Number of noise-image pairs; 0 trains without the regression loss [default: 1024]
+    /// Number of noise-image pairs; 0 trains without the regression loss [default: 1024; dmd2: 0]
     #[arg(long, value_name = "N")]
     pub pairs: Option<usize>,
-    /// DDIM steps per pair [default: 50]
+    /// Steps per pair [default: 50]
     #[arg(long, value_name = "N")]
     pub pair_steps: Option<usize>,
+    /// Sampler of the pairs: ddim, heun, or ddpm (then the image hardly depends on the noise) [default: ddim]
+    #[arg(long, value_name = "NAME", value_parser = sampler())]
+    pub pair_sampler: Option<Sampler>,
+    /// Classifier-free guidance of the teacher, for pairs and distribution matching; 1 is none [default: 1]
+    #[arg(long, value_name = "X")]
+    pub guidance: Option<f64>,
     /// Folder of the pairs [default: pairs/ and a name made of base, sampler and seed]
     #[arg(long, value_name = "DIR")]
     pub pairs_dir: Option<PathBuf>,
-    /// Weight of the regression loss [default: 0.25]
+    /// Weight of distribution matching; 0 trains by regression alone [default: 1]
+    #[arg(long, value_name = "X")]
+    pub dm_weight: Option<f64>,
+    /// Keep the factor alpha_t of the paper's Eq. 7, which its Algorithm 2 drops
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    pub dm_alpha_factor: Option<bool>,
+    /// First step of distribution matching, as a share of all steps [default: 0.02]
+    #[arg(long, value_name = "X")]
+    pub t_min: Option<f64>,
+    /// Last step of distribution matching, as a share of all steps [default: 0.98]
+    #[arg(long, value_name = "X")]
+    pub t_max: Option<f64>,
+    /// Weight of the regression loss [default: 0.25; dmd2: 0]
     #[arg(long, value_name = "X")]
     pub lambda_reg: Option<f64>,
+    /// Distance of the regression loss: l2, or huber (single bad pairs count less) [default: l2]
+    #[arg(long, value_enum)]
+    pub reg: Option<Distance>,
+    /// Weight of the adversarial loss in the generator's; 0 trains without real images [default: 0; dmd2: 3e-3]
+    #[arg(long, value_name = "X")]
+    pub gan_weight: Option<f64>,
+    /// Weight of the discriminator's loss in the critic's [default: 1e-2]
+    #[arg(long, value_name = "X")]
+    pub gan_weight_fake: Option<f64>,
     /// Fixed step of the generator: a number, `last`, or `auto` for the one where sigma/alpha is nearest 2.5
     /// [default: auto]
     #[arg(long, value_name = "STEP|last|auto")]
@@ -161,9 +203,15 @@ pub struct PairsArgs {
     /// Number of pairs
     #[arg(long, value_name = "N")]
     pub count: usize,
-    /// DDIM steps per pair
+    /// Steps per pair
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub steps: usize,
+    /// Sampler
+    #[arg(long, value_name = "NAME", default_value = "ddim", value_parser = sampler())]
+    pub sampler: Sampler,
+    /// Classifier-free guidance; 1 is none
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub guidance: f64,
     /// Seed of the noise
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u32,
@@ -181,9 +229,15 @@ pub struct SampleArgs {
     /// Checkpoint folder, run folder, or preset
     #[arg(value_name = "DIR|NAME")]
     pub model: String,
-    /// Network evaluations: 1 for a generator, more for a base [default: 1 or 50]
+    /// Steps: 1 for a generator, more for a base [default: 1 or 50]
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
+    /// Sampler of a base: ddim, ddpm (ancestral) or heun (two network evaluations per step)
+    #[arg(long, value_name = "NAME", default_value = "ddim", value_parser = sampler())]
+    pub sampler: Sampler,
+    /// Classifier-free guidance of a base; 1 is none
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub guidance: f64,
     /// Images
     #[arg(long, value_name = "N", default_value_t = 40)]
     pub count: usize,
@@ -221,6 +275,15 @@ impl Recipe {
     /// What is not said here is taken from `other`.
     pub fn or(self, other: Self) -> Self {
         Self {
+            method: self.method.or(other.method),
+            data: self.data.or(other.data),
+            dm_weight: self.dm_weight.or(other.dm_weight),
+            dm_alpha_factor: self.dm_alpha_factor.or(other.dm_alpha_factor),
+            t_min: self.t_min.or(other.t_min),
+            t_max: self.t_max.or(other.t_max),
+            reg: self.reg.or(other.reg),
+            gan_weight: self.gan_weight.or(other.gan_weight),
+            gan_weight_fake: self.gan_weight_fake.or(other.gan_weight_fake),
             train_steps: self.train_steps.or(other.train_steps),
             batch: self.batch.or(other.batch),
             lr: self.lr.or(other.lr),
@@ -228,6 +291,8 @@ impl Recipe {
             warmup: self.warmup.or(other.warmup),
             pairs: self.pairs.or(other.pairs),
             pair_steps: self.pair_steps.or(other.pair_steps),
+            pair_sampler: self.pair_sampler.or(other.pair_sampler),
+            guidance: self.guidance.or(other.guidance),
             pairs_dir: self.pairs_dir.or(other.pairs_dir),
             lambda_reg: self.lambda_reg.or(other.lambda_reg),
             t_gen: self.t_gen.or(other.t_gen),
@@ -244,20 +309,39 @@ impl Recipe {
     /// Fills in the defaults for a base and checks the result.
     pub fn resolve(self, name: &str, base: &Checkpoint) -> Result<DistillOptions> {
         let schedule = Schedule::new(&base.schedule);
-        let lambda_reg = self.lambda_reg.unwrap_or(0.25);
+        let method = self.method.unwrap_or(Method::Dmd);
+        let (lambda_reg, gan_weight) = match method {
+            Method::Dmd => (0.25, 0.0),
+            Method::Dmd2 => (if self.pairs.is_some_and(|n| n > 0) { 0.25 } else { 0.0 }, 3e-3),
+        };
+        let lambda_reg = self.lambda_reg.unwrap_or(lambda_reg);
         let pairs = self.pairs.unwrap_or(if lambda_reg == 0.0 { 0 } else { 1024 });
         let pair_steps = self.pair_steps.unwrap_or(50);
         let seed = self.seed.unwrap_or(1);
         let lr = self.lr.unwrap_or(2e-4);
-        let description = PairsOptions::new(name, base, pair_steps, seed);
+        let pair_sampler = self.pair_sampler.unwrap_or(Sampler::Ddim);
+        let guidance = self.guidance.unwrap_or(1.0);
+        Guidance::new(guidance, base.provenance.classes.as_ref())?;
+        let description = PairsOptions::new(name, base, pair_sampler, pair_steps, guidance, seed);
         let pairs_dir = self.pairs_dir.unwrap_or_else(|| Path::new("pairs").join(description.folder_name()));
         let options = DistillOptions {
             command: "distill".to_owned(),
             base: name.to_owned(),
             base_sha256: base.sha256.clone(),
+            method,
+            data: self.data,
+            dm_weight: self.dm_weight.unwrap_or(1.0),
+            dm_alpha_factor: self.dm_alpha_factor.unwrap_or(false),
+            t_min: self.t_min.unwrap_or(0.02),
+            t_max: self.t_max.unwrap_or(0.98),
+            reg: self.reg.unwrap_or(Distance::L2),
+            gan_weight: self.gan_weight.unwrap_or(gan_weight),
+            gan_weight_fake: self.gan_weight_fake.unwrap_or(1e-2),
             pairs_dir: std::path::absolute(&pairs_dir).map_err(Error::file("find", &pairs_dir))?,
             pairs,
             pair_steps,
+            pair_sampler,
+            guidance,
             train_steps: self.train_steps.unwrap_or(2000),
             batch: self.batch.unwrap_or(32),
             lr,
@@ -301,7 +385,20 @@ fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
             "learning rates lie between 0 and 1",
         ),
         ((0.0..1.0).contains(&o.ema), "`--ema` lies from 0 to below 1"),
-        (o.lambda_reg >= 0.0 && o.lambda_reg.is_finite(), "`--lambda-reg` must not be negative"),
+        (
+            [o.lambda_reg, o.dm_weight, o.gan_weight, o.gan_weight_fake]
+                .iter()
+                .all(|weight| *weight >= 0.0 && weight.is_finite()),
+            "weights of losses must not be negative",
+        ),
+        (
+            o.lambda_reg > 0.0 || o.dm_weight > 0.0 || o.gan_weight > 0.0,
+            "all weights are 0: the generator would learn nothing",
+        ),
+        (
+            0.0 <= o.t_min && o.t_min < o.t_max && o.t_max <= 1.0,
+            "`--t-min` and `--t-max` lie between 0 and 1, the first below the second",
+        ),
         (o.input_scale > 0.0 && o.input_scale.is_finite(), "`--input-scale` must be positive"),
         ((1..=total).contains(&o.pair_steps), "`--pair-steps` lies between 1 and the base's number of steps"),
         (

@@ -1,20 +1,21 @@
-//! Noise-image pairs of a base: `z` by the noise contract, `y` by deterministic DDIM from it, with the class.
-//! Yin et al. 2024 (arXiv:2311.18828), section 3.3, with a deterministic sampler so that `y` is a function of `z`.
+//! Noise-image pairs of a base: `z` by the noise contract, `y` by sampling from it, with the class.
+//! Yin et al. 2024 (arXiv:2311.18828), section 3.3, with a deterministic sampler by default, so that `y` is a function of `z`.
 //!
 //! A folder holds `pairs.json` (what was asked) and shards of up to 256 pairs; what is finished is never computed again.
 
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use dmd_core::sampler::Sampler;
 use dmd_core::schedule::Schedule;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, read_tensors, write_json, write_tensors};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::network::{Network, Tensors};
+use crate::network::{Guidance, Network, Tensors};
 use crate::progress::{Progress, stop_requested};
-use crate::sampler::{Request, ddim};
+use crate::sampler::{Request, Sampling, sample};
 
 /// Pairs in a file.
 const SHARD: usize = 256;
@@ -28,12 +29,19 @@ pub struct PairsOptions {
     pub base: String,
     /// SHA-256 of its weights.
     pub base_sha256: String,
-    /// Sampler.
+    /// Sampler, its spacing and treatment of `x0`.
     pub sampler: String,
-    /// Network evaluations per image.
+    /// Steps per image.
     pub steps: usize,
+    /// Classifier-free guidance; 1 is none.
+    #[serde(default = "unguided")]
+    pub guidance: f64,
     /// Seed of the noise contract; pair `k` has the noise of image `k` and class `k mod classes`.
     pub seed: u32,
+}
+
+fn unguided() -> f64 {
+    1.0
 }
 
 /// Pairs in memory.
@@ -45,22 +53,39 @@ pub struct Pairs {
 }
 
 impl PairsOptions {
-    /// The default description for a base.
-    pub fn new(name: &str, base: &Checkpoint, steps: usize, seed: u32) -> Self {
+    /// The description for a base.
+    pub fn new(
+        name: &str,
+        base: &Checkpoint,
+        sampler: Sampler,
+        steps: usize,
+        guidance: f64,
+        seed: u32,
+    ) -> Self {
+        let clip = if base.schedule.clip.is_some() { "-clip" } else { "" };
         Self {
             base: name.to_owned(),
             base_sha256: base.sha256.clone(),
-            sampler: "ddim-trailing-clip".to_owned(),
+            sampler: format!("{sampler}-trailing{clip}"),
             steps,
+            guidance,
             seed,
         }
+    }
+
+    fn sampling(&self, base: &Checkpoint) -> Result<Sampling> {
+        let sampler = self.sampler.split('-').next().unwrap_or_default().parse()?;
+        let guidance = Guidance::new(self.guidance, base.provenance.classes.as_ref())?;
+        Ok(Sampling { sampler, steps: self.steps, guidance })
     }
 
     /// Folder name that tells different descriptions apart.
     pub fn folder_name(&self) -> String {
         let name = Path::new(&self.base).file_name().map_or("base".into(), |n| n.to_string_lossy());
         let hash = self.base_sha256.get(..8).unwrap_or("unsaved");
-        format!("{name}-{hash}-ddim{}-seed{}", self.steps, self.seed)
+        let sampler = self.sampler.split('-').next().unwrap_or_default();
+        let guidance = if self.guidance == 1.0 { String::new() } else { format!("-guided{}", self.guidance) };
+        format!("{name}-{hash}-{sampler}{}{guidance}-seed{}", self.steps, self.seed)
     }
 }
 
@@ -88,6 +113,7 @@ pub fn prepare(
     let teacher = Network::frozen(&base.config, &base.tensors, device)?;
     let schedule = Schedule::new(&base.schedule);
     let classes = base.class_count();
+    let sampling = options.sampling(base)?;
     let shards: Vec<(PathBuf, usize)> = (0..count.div_ceil(SHARD))
         .map(|i| (folder.join(format!("shard-{i:05}.safetensors")), SHARD.min(count - i * SHARD)))
         .collect();
@@ -104,7 +130,7 @@ pub fn prepare(
             let count = BATCH.min(wanted - start);
             let request = Request::new(options.seed, (i * SHARD + start) as u64, count, classes);
             parts.push(
-                ddim(&teacher, &schedule, &request, options.steps)?
+                sample(&teacher, &schedule, &request, &sampling)?
                     .to_dtype(DType::F16)?
                     .to_device(&Device::Cpu)?,
             );

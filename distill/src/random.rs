@@ -20,6 +20,12 @@ pub enum Purpose {
     Generator = 4,
     /// Critic updates.
     Critic = 5,
+    /// Initial weights of the discriminator's head.
+    Discriminator = 6,
+    /// The generator's side of the adversarial loss.
+    Adversarial = 7,
+    /// The discriminator's side of it: real images, steps, noise.
+    Real = 8,
 }
 
 /// A stream of random numbers.

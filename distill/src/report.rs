@@ -15,7 +15,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::network::Network;
 use crate::run::{enlarge, images, save_image};
-use crate::sampler::{Request, ddim, one_step};
+use crate::sampler::{Request, Sampling, one_step, sample};
 
 /// Network evaluations of the teacher in a comparison.
 const TEACHER_STEPS: usize = 50;
@@ -104,7 +104,7 @@ pub fn comparison(
         ("one step, distilled".to_owned(), one_step(&student, &constants, &request)?),
         (
             format!("teacher, {TEACHER_STEPS} steps"),
-            ddim(&teacher, &Schedule::new(&base.schedule), &request, TEACHER_STEPS)?,
+            sample(&teacher, &Schedule::new(&base.schedule), &request, &Sampling::ddim(TEACHER_STEPS))?,
         ),
     ];
     let mut blocks = Vec::new();

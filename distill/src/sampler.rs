@@ -3,10 +3,11 @@
 use candle_core::{Device, Tensor};
 use dmd_core::net::OneStep;
 use dmd_core::noise;
+use dmd_core::sampler::{Sampler, Trajectory};
 use dmd_core::schedule::Schedule;
 
 use crate::error::Result;
-use crate::network::Network;
+use crate::network::{Guidance, Network};
 
 /// Images that are asked for: noise contract `dmd-noise-1` with a class per image.
 #[derive(Clone, Debug)]
@@ -45,23 +46,51 @@ impl Request {
     }
 }
 
-/// Images by DDIM with eta = 0 in `steps` network evaluations; `x0_pred` is cut to the image range at every step.
+/// How a base is sampled.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// What a step is.
+    pub sampler: Sampler,
+    /// Steps.
+    pub steps: usize,
+    /// Guidance of every prediction.
+    pub guidance: Option<Guidance>,
+}
+
+impl Sampling {
+    /// DDIM without guidance.
+    pub fn ddim(steps: usize) -> Self {
+        Self { sampler: Sampler::Ddim, steps, guidance: None }
+    }
+}
+
+/// Images from a base by many steps.
 ///
 /// # Shapes
 /// `[images, c, h, w]` in the model's range.
-pub fn ddim(teacher: &Network, schedule: &Schedule, request: &Request, steps: usize) -> Result<Tensor> {
-    let device = teacher.device();
-    let mut x = request.noise(teacher.config.image_shape(), device)?;
+pub fn sample(
+    teacher: &Network,
+    schedule: &Schedule,
+    request: &Request,
+    sampling: &Sampling,
+) -> Result<Tensor> {
+    let (device, [c, h, w]) = (teacher.device(), teacher.config.image_shape());
+    let shape = (request.images.len(), c, h, w);
+    let mut x = request.noise([c, h, w], device)?.flatten_all()?.to_vec1::<f32>()?;
     let class = request.class_tensor(device)?;
-    let clip = Some(teacher.config.range());
-    for step in schedule.ddim(steps)? {
-        let t = Tensor::new(&[step.t as f32], device)?;
-        let eps_pred = teacher.eps_pred(&x, &t, class.as_ref())?.flatten_all()?.to_vec1::<f32>()?;
-        let mut values = x.flatten_all()?.to_vec1::<f32>()?;
-        step.apply(&mut values, &eps_pred, clip);
-        x = Tensor::from_vec(values, x.shape(), device)?;
-    }
-    Ok(x)
+    let path = Trajectory::new(schedule, sampling.sampler, sampling.steps, teacher.config.range())?;
+    let predict = |t: usize, x: &[f32]| -> Result<Vec<f32>> {
+        let (x_t, t) = (Tensor::from_slice(x, shape, device)?, Tensor::new(&[t as f32], device)?);
+        let prediction = teacher.predict_guided(&x_t, &t, class.as_ref(), sampling.guidance)?;
+        Ok(prediction.flatten_all()?.to_vec1()?)
+    };
+    let fresh = |step: usize, out: &mut [f32]| {
+        for (k, out) in request.images.iter().zip(out.chunks_exact_mut(c * h * w)) {
+            noise::step_noise(request.seed, *k, step, out);
+        }
+    };
+    path.run(&mut x, predict, fresh)?;
+    Ok(Tensor::from_vec(x, shape, device)?)
 }
 
 /// Images by the one-step generator.

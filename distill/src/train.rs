@@ -1,28 +1,36 @@
-//! Distribution matching distillation: the loop over generator, critic ("fake") and frozen teacher.
-//! Yin et al. 2024 (arXiv:2311.18828), Algorithms 1 to 3; several critic updates per generator update as in
-//! Yin et al. 2024 (DMD2, arXiv:2405.14867), section 4.2.
+//! A whole distillation: pairs, updates, statistics, pictures, saved states and the finished generator.
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use dmd_core::card::{Base, GeneratorConfig, Provenance};
-use dmd_core::net::OneStep;
-use dmd_core::schedule::Schedule;
+use dmd_core::sampler::Sampler;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::checkpoint::{Checkpoint, Source, snapshot};
+use crate::data::{Dataset, Split};
+use crate::distillation::{Distillation, Material};
 use crate::error::{Error, Result};
-use crate::losses::{self, NoiseLevels};
+use crate::losses::Distance;
 use crate::network::{Network, Tensors};
-use crate::optimiser::{AdamW, AdamWConfig, Ema};
-use crate::pairs::{self, Pairs, PairsOptions};
+use crate::optimiser::Ema;
+use crate::pairs::{self, PairsOptions};
 use crate::progress::{Progress, stop_requested};
-use crate::random::{Purpose, Random};
 use crate::report;
 use crate::run::{Run, images, save_grid};
 use crate::sampler::{Request, one_step};
 use crate::teacher::part;
+
+/// A method: the defaults of its losses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Distribution matching and regression on pairs. Yin et al. 2024 (arXiv:2311.18828).
+    Dmd,
+    /// Distribution matching and an adversarial loss on real images, no pairs. Yin et al. 2024 (arXiv:2405.14867).
+    Dmd2,
+}
 
 /// Resolved options of a distillation; saved as `run.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,12 +41,20 @@ pub struct DistillOptions {
     pub base: String,
     /// SHA-256 of the base's weights.
     pub base_sha256: String,
+    /// Which paper's losses are the defaults.
+    pub method: Method,
     /// Folder of the noise-image pairs.
     pub pairs_dir: PathBuf,
     /// Number of pairs; 0 without regression.
     pub pairs: usize,
-    /// DDIM steps per pair.
+    /// Steps per pair.
     pub pair_steps: usize,
+    /// Sampler of the pairs.
+    pub pair_sampler: Sampler,
+    /// Real images of the adversarial loss, if not searched for.
+    pub data: Option<PathBuf>,
+    /// Classifier-free guidance of the teacher, for pairs and distribution matching; 1 is none.
+    pub guidance: f64,
     /// Generator updates.
     pub train_steps: u64,
     /// Images per update.
@@ -49,8 +65,22 @@ pub struct DistillOptions {
     pub lr_fake: f64,
     /// Updates of warm-up, for both.
     pub warmup: u64,
+    /// Weight of distribution matching; 0 is regression alone.
+    pub dm_weight: f64,
+    /// Whether the matching gradient keeps the factor `alpha_t` of Eq. 7.
+    pub dm_alpha_factor: bool,
+    /// First and last step of distribution matching, as shares of all.
+    pub t_min: f64,
+    /// See `t_min`.
+    pub t_max: f64,
     /// Weight of the regression loss.
     pub lambda_reg: f64,
+    /// Distance of the regression loss.
+    pub reg: Distance,
+    /// Weight of the adversarial loss in the generator's; 0 trains without real images.
+    pub gan_weight: f64,
+    /// Weight of the discriminator's loss in the critic's.
+    pub gan_weight_fake: f64,
     /// Fixed step of the generator.
     pub t_gen: usize,
     /// Factor on the generator's input.
@@ -69,52 +99,30 @@ pub struct DistillOptions {
     pub samples: usize,
 }
 
-/// The three networks and the optimisers of two of them.
-pub struct Distillation<'a> {
-    options: &'a DistillOptions,
-    schedule: Schedule,
-    one_step: OneStep,
-    classes: Option<usize>,
-    image: [usize; 3],
-    teacher: Network,
-    generator: Network,
-    fake: Network,
-    /// Views of the two trained networks that keep nothing for a backward pass.
-    generator_view: Network,
-    fake_view: Network,
-    generator_optimiser: AdamW,
-    fake_optimiser: AdamW,
-    device: Device,
-}
+impl DistillOptions {
+    /// The pairs that belong to these options.
+    pub fn pairs(&self, base: &Checkpoint) -> PairsOptions {
+        PairsOptions::new(&self.base, base, self.pair_sampler, self.pair_steps, self.guidance, self.seed)
+    }
 
-/// What one update of the generator leaves, and of the critic after it.
-pub struct Update {
-    /// Generated images, without gradient.
-    pub x_gen: Tensor,
-    /// Their classes.
-    pub class: Option<Tensor>,
-    /// Distribution matching loss.
-    pub dm: f64,
-    /// Regression loss, before its weight; 0 without pairs.
-    pub reg: f64,
-    /// Norm of the generator's gradient before clipping.
-    pub norm: f64,
-    /// The critic's mean loss.
-    pub fake: f64,
-    /// Mean norm of its gradient before clipping.
-    pub fake_norm: f64,
+    /// Computes the pairs that are missing and reads the real images.
+    fn material(&self, base: &Checkpoint, device: &Device) -> Result<Material> {
+        let pairs = match self.pairs {
+            0 => None,
+            count => Some(pairs::prepare(&self.pairs_dir, &self.pairs(base), base, count, device)?),
+        };
+        let real = match self.gan_weight > 0.0 {
+            true => Some(Dataset::fashion_mnist(self.data.as_deref(), Split::Train)?),
+            false => None,
+        };
+        Ok(Material { pairs, real })
+    }
 }
 
 /// Distils, or continues, and returns the folder of the finished generator.
 pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<PathBuf> {
     let base = load_teacher(run)?;
-    let pairs = match options.pairs {
-        0 => None,
-        count => {
-            let description = PairsOptions::new(&options.base, &base, options.pair_steps, options.seed);
-            Some(pairs::prepare(&options.pairs_dir, &description, &base, count, device)?)
-        }
-    };
+    let material = options.material(&base, device)?;
     let resumed = run.load_state()?;
     let mut step = resumed.as_ref().map_or(0, |(step, _)| *step);
     let mut work = Distillation::new(options, &base, resumed.as_ref().map(|(_, t)| t), device)?;
@@ -126,18 +134,19 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
     if resumed.is_some() {
         eprintln!("continuing after step {step}");
     } else {
-        work.save_samples(run, 0, &ema.tensors)?;
+        save_samples(&work, run, options, 0, &ema.tensors)?;
     }
 
     let mut progress = Progress::new("distil", step, options.train_steps);
     while step < options.train_steps {
-        let update = work.update(step, pairs.as_ref())?;
+        let update = work.update(step, &material)?;
         ema.update(work.generator.variables())?;
         step += 1;
         let values = update.x_gen.flatten_all()?.to_vec1::<f32>()?;
         let (brightness, contrast) = mean_and_deviation(&values);
         run.log(&json!({
             "step": step, "dm": update.dm, "reg": update.reg, "fake": update.fake,
+            "adversarial": update.adversarial, "discrimination": update.discrimination,
             "grad_norm": update.norm, "fake_grad_norm": update.fake_norm,
             "brightness": brightness, "contrast": contrast,
         }))?;
@@ -146,7 +155,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
 
         let last = step == options.train_steps;
         if step.is_multiple_of(options.sample_every) || last {
-            work.save_samples(run, step, &ema.tensors)?;
+            save_samples(&work, run, options, step, &ema.tensors)?;
             report::plot_losses(&run.path("losses.png"), &run.stats()?)?;
         }
         let stop = stop_requested();
@@ -162,7 +171,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
     }
 
     let folder = run.path("generator");
-    work.finished(&base, ema.tensors).save(&folder)?;
+    finished(options, &base, ema.tensors).save(&folder)?;
     let generator = Checkpoint::load(&Source::Folder(folder.clone()))?;
     report::comparison(
         &run.path("comparison.png"),
@@ -180,184 +189,48 @@ pub fn load_teacher(run: &Run) -> Result<Checkpoint> {
     Checkpoint::load(&Source::Folder(run.path("teacher")))
 }
 
-impl<'a> Distillation<'a> {
-    /// Starts from the base, or from a saved state.
-    pub fn new(
-        options: &'a DistillOptions,
-        base: &Checkpoint,
-        saved: Option<&Tensors>,
-        device: &Device,
-    ) -> Result<Self> {
-        let schedule = Schedule::new(&base.schedule);
-        let config = GeneratorConfig { t_gen: options.t_gen, input_scale: options.input_scale };
-        let weights = |prefix: &str| match saved {
-            Some(tensors) => part(tensors, prefix),
-            None => Ok(base.tensors.clone()),
-        };
-        let generator = Network::trainable(&base.config, &weights("generator.")?, device)?;
-        let fake = Network::trainable(&base.config, &weights("fake.")?, device)?;
-        let mut generator_optimiser =
-            AdamW::new(AdamWConfig::new(options.lr, options.warmup), generator.variables())?;
-        let mut fake_optimiser =
-            AdamW::new(AdamWConfig::new(options.lr_fake, options.warmup), fake.variables())?;
-        if let Some(tensors) = saved {
-            generator_optimiser.load("generator_optimiser", generator.variables(), tensors)?;
-            fake_optimiser.load("fake_optimiser", fake.variables(), tensors)?;
-        }
-        Ok(Self {
-            options,
-            one_step: OneStep::new(&config, &schedule)?,
-            schedule,
-            classes: base.class_count(),
-            image: base.config.image_shape(),
-            teacher: Network::frozen(&base.config, &base.tensors, device)?.in_bf16_on_gpu(),
-            generator_view: generator.without_gradient(),
-            fake_view: fake.without_gradient().in_bf16_on_gpu(),
-            generator,
-            fake,
-            generator_optimiser,
-            fake_optimiser,
-            device: device.clone(),
-        })
-    }
+fn save_samples(
+    work: &Distillation,
+    run: &Run,
+    options: &DistillOptions,
+    step: u64,
+    average: &Tensors,
+) -> Result<()> {
+    let network = Network::frozen(&work.generator.config, average, &work.device)?;
+    let request = Request::new(options.seed, 0, options.samples, work.classes);
+    let x = one_step(&network, &work.one_step, &request)?;
+    let path = run.path(&format!("samples/step-{step:06}.png"));
+    save_grid(&path, &images(&x, network.config.range())?, 10, 2)
+}
 
-    /// One update of the generator and those of the critic that follow it.
-    pub fn update(&mut self, step: u64, pairs: Option<&Pairs>) -> Result<Update> {
-        let mut update = self.update_generator(step, pairs)?;
-        (update.fake, update.fake_norm) = self.update_fake(step, &update)?;
-        Ok(update)
-    }
-
-    /// Noise and classes for a batch of generated images.
-    fn draw(&self, random: &mut Random) -> Result<(Tensor, Option<Tensor>)> {
-        let class = self.classes.map(|n| {
-            let classes: Vec<u32> = (0..self.options.batch).map(|_| random.below(n) as u32).collect();
-            Tensor::new(classes, &self.device)
-        });
-        let [c, h, w] = self.image;
-        Ok((random.normal_tensor(&[self.options.batch, c, h, w], &self.device)?, class.transpose()?))
-    }
-
-    /// Steps drawn uniformly from `from..to`, and noise.
-    fn noise(
-        &self,
-        random: &mut Random,
-        from: usize,
-        to: usize,
-        x: &Tensor,
-    ) -> Result<(NoiseLevels, Tensor)> {
-        let t: Vec<u32> = (0..x.dims()[0]).map(|_| (from + random.below(to - from)) as u32).collect();
-        let levels = NoiseLevels::new(&self.schedule, &t, &self.device)?;
-        Ok((levels, random.normal_tensor(x.dims(), &self.device)?))
-    }
-
-    /// Algorithm 1, lines 5 to 13: distribution matching on fresh noise, regression on pairs.
-    fn update_generator(&mut self, step: u64, pairs: Option<&Pairs>) -> Result<Update> {
-        let mut random = Random::new(self.options.seed, Purpose::Generator, step);
-        let (z, class) = self.draw(&mut random)?;
-        let x_gen = self.generator.one_step(&self.one_step, &z, class.as_ref())?;
-        let detached = x_gen.detach();
-        let total = self.schedule.num_train_timesteps();
-        let (levels, eps) = self.noise(&mut random, total / 50, total - total / 50, &detached)?;
-        let x_t = levels.noisy(&detached, &eps)?;
-        let x0 =
-            |network: &Network| levels.x0_from_eps(&x_t, &network.eps_pred(&x_t, &levels.t, class.as_ref())?);
-        let (x0_real, x0_fake) = (x0(&self.teacher)?, x0(&self.fake_view)?);
-        let gradient = losses::distribution_matching_gradient(&detached, &x0_real, &x0_fake)?;
-        let dm = losses::distribution_matching(&x_gen, &gradient)?;
-        let mut loss = dm.clone();
-        let mut reg = 0.0;
-        if let Some(pairs) = pairs {
-            let indices: Vec<usize> = (0..self.options.batch).map(|_| random.below(pairs.count())).collect();
-            let (z, y, class) = pairs.batch(&indices, &self.device)?;
-            let x_ref = self.generator.one_step(&self.one_step, &z, class.as_ref())?;
-            let regression = losses::regression(&x_ref, &y)?;
-            reg = scalar(&regression)?;
-            loss = (loss + (regression * self.options.lambda_reg)?)?;
-        }
-        let grads = loss.backward()?;
-        let norm = self.generator_optimiser.step(self.generator.variables(), &grads)?;
-        Ok(Update { x_gen: detached, class, dm: scalar(&dm)?, reg, norm, fake: 0.0, fake_norm: 0.0 })
-    }
-
-    /// Algorithm 1, lines 14 to 17: the critic learns to denoise generated images. The first update sees the batch
-    /// of the generator update, the others fresh ones. Returns mean loss and gradient norm.
-    fn update_fake(&mut self, step: u64, update: &Update) -> Result<(f64, f64)> {
-        let updates = self.options.fake_updates;
-        let (mut loss_sum, mut norm_sum) = (0.0, 0.0);
-        for k in 0..updates {
-            let mut random = Random::new(self.options.seed, Purpose::Critic, step * updates + k);
-            let (x_gen, class) = if k == 0 {
-                (update.x_gen.clone(), update.class.clone())
-            } else {
-                let (z, class) = self.draw(&mut random)?;
-                (self.generator_view.one_step(&self.one_step, &z, class.as_ref())?, class)
-            };
-            let total = self.schedule.num_train_timesteps();
-            let (levels, eps) = self.noise(&mut random, 0, total, &x_gen)?;
-            let x_t = levels.noisy(&x_gen, &eps)?;
-            let eps_pred = self.fake.eps_pred(&x_t, &levels.t, class.as_ref())?;
-            let loss = losses::denoising(&eps_pred, &eps)?;
-            norm_sum += self.fake_optimiser.step(self.fake.variables(), &loss.backward()?)?;
-            loss_sum += scalar(&loss)?;
-        }
-        Ok((loss_sum / updates as f64, norm_sum / updates as f64))
-    }
-
-    fn save_samples(&self, run: &Run, step: u64, average: &Tensors) -> Result<()> {
-        let network = Network::frozen(&self.generator.config, average, &self.device)?;
-        let request = Request::new(self.options.seed, 0, self.options.samples, self.classes);
-        let x = one_step(&network, &self.one_step, &request)?;
-        let path = run.path(&format!("samples/step-{step:06}.png"));
-        save_grid(&path, &images(&x, network.config.range())?, 10, 2)
-    }
-
-    /// Everything that a resumed run needs.
-    fn state(&self, average: &Tensors) -> Result<Tensors> {
-        let mut tensors = Tensors::new();
-        for (name, tensor) in self.generator.parameters() {
-            tensors.insert(format!("generator.{name}"), tensor.clone());
-            tensors.insert(format!("fake.{name}"), self.fake.parameters()[name].clone());
-            tensors.insert(format!("ema.{name}"), average[name].clone());
-        }
-        self.generator_optimiser.save("generator_optimiser", self.generator.variables(), &mut tensors)?;
-        self.fake_optimiser.save("fake_optimiser", self.fake.variables(), &mut tensors)?;
-        Ok(tensors)
-    }
-
-    /// The generator as a checkpoint, with its history.
-    fn finished(&self, base: &Checkpoint, average: Tensors) -> Checkpoint {
-        let o = self.options;
-        let images = o.train_steps * o.batch as u64;
-        let training = json!({
-            "method": "dmd", "steps": o.train_steps, "images": images, "batch": o.batch, "lr": o.lr,
-            "lr_fake": o.lr_fake, "lambda_reg": o.lambda_reg, "pairs": o.pairs, "pair_steps": o.pair_steps,
-            "fake_updates": o.fake_updates, "ema": o.ema, "seed": o.seed,
-        });
-        Checkpoint {
-            config: base.config.clone(),
-            schedule: base.schedule.clone(),
-            generator: Some(GeneratorConfig { t_gen: o.t_gen, input_scale: o.input_scale }),
-            provenance: Provenance {
-                name: format!("one-step-{}", base.provenance.name.trim_start_matches("ddpm-")),
-                classes: base.provenance.classes.clone(),
-                base: Some(Base { id: base_id(&o.base), sha256: o.base_sha256.clone() }),
-                training: training.as_object().cloned().unwrap_or_default(),
-                metrics: serde_json::Map::new(),
-            },
-            tensors: average,
-            sha256: String::new(),
-        }
+/// The generator as a checkpoint, with its history.
+fn finished(o: &DistillOptions, base: &Checkpoint, average: Tensors) -> Checkpoint {
+    let images = o.train_steps * o.batch as u64;
+    let training = json!({
+        "method": o.method, "steps": o.train_steps, "images": images, "batch": o.batch, "lr": o.lr,
+        "lr_fake": o.lr_fake, "lambda_reg": o.lambda_reg, "pairs": o.pairs, "pair_steps": o.pair_steps,
+        "fake_updates": o.fake_updates, "ema": o.ema, "guidance": o.guidance,
+        "dm_weight": o.dm_weight, "gan_weight": o.gan_weight, "gan_weight_fake": o.gan_weight_fake, "reg": o.reg, "seed": o.seed,
+    });
+    Checkpoint {
+        config: base.config.clone(),
+        schedule: base.schedule.clone(),
+        generator: Some(GeneratorConfig { t_gen: o.t_gen, input_scale: o.input_scale }),
+        provenance: Provenance {
+            name: format!("one-step-{}", base.provenance.name.trim_start_matches("ddpm-")),
+            classes: base.provenance.classes.clone(),
+            base: Some(Base { id: base_id(&o.base), sha256: o.base_sha256.clone() }),
+            training: training.as_object().cloned().unwrap_or_default(),
+            metrics: serde_json::Map::new(),
+        },
+        tensors: average,
+        sha256: String::new(),
     }
 }
 
 /// A preset's name, or the last part of a folder's path.
 fn base_id(base: &str) -> String {
     Path::new(base).file_name().map_or(base.to_owned(), |n| n.to_string_lossy().into_owned())
-}
-
-fn scalar(loss: &Tensor) -> Result<f64> {
-    Ok(f64::from(loss.to_scalar::<f32>()?))
 }
 
 fn mean_and_deviation(values: &[f32]) -> (f64, f64) {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use dmd_core::card::{
     CARD_KEY, CARD_VERSION, INPUT_CLASS, INPUT_T, INPUT_X_T, INPUT_Z, ImageSpec, Kind, ModelCard,
-    OUTPUT_EPS_PRED, OUTPUT_X_GEN,
+    OUTPUT_X_GEN, output_of,
 };
 use dmd_core::{net, noise};
 use prost::Message;
@@ -74,7 +74,7 @@ pub fn export(checkpoint: &Checkpoint, kind: Kind) -> Result<Exported> {
             let t = exporter.input(INPUT_T, &[]);
             let class = class_input(&mut exporter, checkpoint);
             let value = net::denoise(&mut exporter, &checkpoint.config, &image, &t, class.as_ref())?;
-            (value, OUTPUT_EPS_PRED)
+            (value, output_of(checkpoint.schedule.prediction_type))
         }
     };
     let Value::Flow(value) = value else {

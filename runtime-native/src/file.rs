@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use dmd_core::card::{
-    CARD_KEY, INPUT_CLASS, INPUT_T, INPUT_X_T, INPUT_Z, ImageSpec, Kind, ModelCard, OUTPUT_EPS_PRED,
-    OUTPUT_X_GEN,
+    CARD_KEY, INPUT_CLASS, INPUT_T, INPUT_X_T, INPUT_Z, ImageSpec, Kind, ModelCard, OUTPUT_X_GEN, output_of,
 };
+use dmd_core::schedule::Prediction;
 use prost::Message;
 use serde::Serialize;
 use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
@@ -222,7 +222,10 @@ fn assign_roles(
     let kind = card.map_or(Kind::Generator, |c| c.kind);
     let (image, step, result) = match kind {
         Kind::Generator => (INPUT_Z, None, OUTPUT_X_GEN),
-        Kind::Teacher => (INPUT_X_T, Some(INPUT_T), OUTPUT_EPS_PRED),
+        Kind::Teacher => {
+            let prediction = card.map_or(Prediction::Epsilon, |c| c.schedule.prediction_type);
+            (INPUT_X_T, Some(INPUT_T), output_of(prediction))
+        }
     };
     for port in inputs.iter_mut() {
         port.role = match (card.is_some(), port.name.as_str(), port.dtype.as_str()) {

@@ -1,18 +1,19 @@
-//! From a seed to images: the noise contract, the classes, one step of a generator or the DDIM steps of a teacher.
+//! From a seed to images: the noise contract, the classes, one step of a generator or the many of a teacher.
 //! Engines differ in how many images they take at once; image `k` of a seed does not depend on that.
 
 use std::path::{Path, PathBuf};
 
 use dmd_core::card::{Classes, Kind};
-use dmd_core::noise::standard_normal;
+use dmd_core::noise::{standard_normal, step_noise};
 use dmd_core::pixels::{Image, to_image};
-use dmd_core::schedule::{DdimStep, Schedule};
+use dmd_core::sampler::{Sampler, Trajectory};
+use dmd_core::schedule::Schedule;
 
 use crate::file::{ModelFile, ModelInfo};
 use crate::providers::{self, Choice, Provider};
 use crate::{Error, Result};
 
-/// DDIM steps of a teacher where none are asked.
+/// Steps of a teacher where none are asked.
 pub const TEACHER_STEPS: usize = 50;
 
 /// Pixels (rows times columns) that one onnxruntime batch holds at most; a batch is 1 to 64 images.
@@ -41,8 +42,13 @@ pub struct Request {
     pub count: usize,
     /// Class of the images.
     pub class: Class,
-    /// Network evaluations per image; `None` is 1 for a generator, [`TEACHER_STEPS`] for a teacher.
+    /// Steps per image; `None` is 1 for a generator, [`TEACHER_STEPS`] for a teacher.
     pub steps: Option<usize>,
+    /// What a teacher's steps are.
+    pub sampler: Sampler,
+    /// Classifier-free guidance of a teacher: `none + guidance·(class − none)` of its predictions; 1 is the class
+    /// alone. Ho and Salimans 2022 (arXiv:2207.12598), Eq. 6 with `guidance = 1 + w`.
+    pub guidance: f64,
 }
 
 /// Which class each image has.
@@ -91,6 +97,14 @@ pub struct Batch<'a> {
     pub t: &'a [f32],
     /// `[n]`.
     pub class: &'a [i64],
+}
+
+impl Request {
+    /// Images `0..count` of a seed, in turn of every class, by the model's usual number of DDIM steps without guidance.
+    pub fn new(seed: u32, count: usize) -> Self {
+        let (class, sampler) = (Class::Cycle, Sampler::Ddim);
+        Self { seed, first: 0, count, class, steps: None, sampler, guidance: 1.0 }
+    }
 }
 
 impl Options {
@@ -161,7 +175,7 @@ impl Model {
     }
 
     /// Generates images. `progress` hears how many network evaluations of single images were done since it was last
-    /// called; there are `count · steps` in all.
+    /// called; there are `count` times [`evaluations`] in all.
     ///
     /// # Errors
     /// A request the model cannot meet, or an engine that fails or returns values that are not finite.
@@ -210,6 +224,14 @@ pub fn steps(info: &ModelInfo, asked: Option<usize>) -> Result<usize> {
     }
 }
 
+/// Network evaluations per image of a request, a guided one counted once.
+///
+/// # Errors
+/// A request the model cannot meet.
+pub fn evaluations(info: &ModelInfo, request: &Request) -> Result<usize> {
+    Ok(Plan::new(info, request)?.path.map_or(1, |path| path.evaluations()))
+}
+
 /// Finds a class by number or name; in a file without a card any number is taken.
 pub fn find_class(info: &ModelInfo, text: &str) -> Result<usize> {
     if !info.takes_class() {
@@ -248,16 +270,36 @@ struct Plan<'a> {
     info: &'a ModelInfo,
     request: &'a Request,
     /// Steps of a teacher; none for a generator.
-    path: Vec<DdimStep>,
+    path: Option<Trajectory>,
+    /// The class that stands for none, if predictions are guided.
+    none: Option<i64>,
 }
 
 impl<'a> Plan<'a> {
     fn new(info: &'a ModelInfo, request: &'a Request) -> Result<Self> {
         let steps = steps(info, request.steps)?;
         let path = match (&info.card, info.kind) {
-            (Some(card), Kind::Teacher) => Schedule::new(&card.schedule).ddim(steps)?,
-            _ => Vec::new(),
+            (Some(card), Kind::Teacher) => {
+                let schedule = Schedule::new(&card.schedule);
+                Some(Trajectory::new(&schedule, request.sampler, steps, info.image.range)?)
+            }
+            _ => None,
         };
+        let none = classes(info).and_then(|classes| classes.none).filter(|_| path.is_some());
+        let guided = request.guidance != 1.0;
+        if !request.guidance.is_finite() || (guided && none.is_none()) {
+            return Err(Error::Request(format!(
+                "got guidance {}, expected 1: {} {}",
+                request.guidance,
+                info.name,
+                if path.is_some() {
+                    "was not trained with a class that stands for none"
+                } else {
+                    "takes one step; guidance was part of its distillation"
+                }
+            )));
+        }
+        let none = none.filter(|_| guided).map(|none| none as i64);
         match (info.takes_class(), classes(info), request.class) {
             (true, None, Class::Cycle) => {
                 return Err(Error::Request(format!(
@@ -277,7 +319,7 @@ impl<'a> Plan<'a> {
             }
             _ => {}
         }
-        Ok(Self { info, request, path })
+        Ok(Self { info, request, path, none })
     }
 
     /// Fills `x` with the images that start at the request's image `start`.
@@ -294,18 +336,30 @@ impl<'a> Plan<'a> {
         for (k, z) in (first..).zip(x.chunks_mut(self.info.image_len())) {
             standard_normal(self.request.seed, k, z);
         }
-        if self.path.is_empty() {
+        let Some(path) = &self.path else {
             let x_gen = self.checked(run(&Batch { n, x, t: &[], class: &class })?, x.len(), first)?;
             x.copy_from_slice(&x_gen);
             progress(n);
-        }
-        for step in &self.path {
-            let t = vec![step.t as f32; n];
-            let eps_pred = self.checked(run(&Batch { n, x, t: &t, class: &class })?, x.len(), first)?;
-            step.apply(x, &eps_pred, Some(self.info.image.range));
+            return Ok(());
+        };
+        let predict = |t: usize, x: &[f32]| {
+            let t = vec![t as f32; n];
+            let mut prediction = self.checked(run(&Batch { n, x, t: &t, class: &class })?, x.len(), first)?;
+            if let Some(none) = self.none {
+                let class = vec![none; n];
+                let plain = self.checked(run(&Batch { n, x, t: &t, class: &class })?, x.len(), first)?;
+                let guidance = self.request.guidance as f32;
+                prediction.iter_mut().zip(plain).for_each(|(p, plain)| *p = plain + guidance * (*p - plain));
+            }
             progress(n);
-        }
-        Ok(())
+            Ok(prediction)
+        };
+        let noise = |step: usize, out: &mut [f32]| {
+            for (k, out) in (first..).zip(out.chunks_mut(self.info.image_len())) {
+                step_noise(self.request.seed, k, step, out);
+            }
+        };
+        path.run(x, predict, noise)
     }
 
     fn class_of(&self, k: u64) -> usize {

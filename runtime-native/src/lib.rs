@@ -16,6 +16,7 @@ mod ort;
 #[cfg(feature = "tract")]
 mod tract;
 
+pub use dmd_core::sampler::Sampler;
 pub use error::{Error, Result};
 pub use file::{ModelFile, ModelInfo};
 pub use generator::{Batch, Class, Model, Options, Request, Samples};

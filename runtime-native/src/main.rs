@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
-use dmd_runtime_native::Provider;
+use dmd_runtime_native::{Provider, Sampler};
 
 /// Generate images from an ONNX model made by dmd-export
 #[derive(Parser)]
@@ -44,9 +44,16 @@ enum Command {
 struct SampleArgs {
     /// ONNX file [default: ./model.onnx, else the bundled model]
     model: Option<PathBuf>,
-    /// Network evaluations per image [default: 1 for a generator, 50 for a teacher]
+    /// Steps per image [default: 1 for a generator, 50 for a teacher]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
+    /// What the steps of a teacher are: ddim (deterministic), ddpm (ancestral, adds noise), heun (second order, two network
+    /// evaluations per step)
+    #[arg(long, value_name = "NAME", default_value = "ddim", value_parser = sampler())]
+    sampler: Sampler,
+    /// Classifier-free guidance of a teacher with classes; 1 is none
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    guidance: f64,
     /// Seed of the noise; image k of a seed is always the same
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u32,
@@ -79,6 +86,10 @@ struct SampleArgs {
 
 fn provider() -> impl TypedValueParser<Value = Provider> {
     PossibleValuesParser::new(Provider::NAMES).try_map(|name| name.parse::<Provider>())
+}
+
+fn sampler() -> impl TypedValueParser<Value = Sampler> {
+    PossibleValuesParser::new(Sampler::NAMES).try_map(|name| name.parse::<Sampler>())
 }
 
 fn main() -> ExitCode {

@@ -7,7 +7,7 @@ use super::{Activation, Conv2d, ConvTranspose2d, Embedding, GroupNorm, Linear, O
 use crate::Error;
 use crate::config::CelebaUnetConfig;
 
-/// Predicted noise of a `CelebaUNet`; see [`super::denoise`].
+/// Prediction of a `CelebaUNet`; see [`super::denoise`].
 pub fn celeba_unet<O: Ops>(
     ops: &mut O,
     config: &CelebaUnetConfig,
@@ -15,27 +15,9 @@ pub fn celeba_unet<O: Ops>(
     t: &O::Value,
     class: Option<&O::Value>,
 ) -> Result<O::Value, O::Error> {
-    if class.is_some() {
-        return Err(Error::Request("the model takes no class and got one".into()).into());
-    }
-    let (c, features) = (config.channels, 4 * config.channels);
-    let table = Embedding { rows: config.n_steps, features, frozen: true };
-    let time = ops.embedding(t, "time_embed", table)?;
-    let time = ops.activate(&time, Activation::Silu)?;
-    let mut net = Net { ops, time, features };
-
-    let conv1 = net.ops.conv2d(x_t, "conv1", conv3x3(config.in_channels, c, 1))?;
-    let (conv1, x) = net.residual(&conv1, "down.0.res", c, c)?;
-    let down0 = x;
-    let x = net.ops.conv2d(&down0, "down.1", conv3x3(c, c, 2))?;
-    let (down1, down2) = net.residual(&x, "down.2.res", c, 2 * c)?;
-    let x = net.ops.conv2d(&down2, "down.3", conv3x3(2 * c, 2 * c, 2))?;
-    let (down3, x) = net.residual(&x, "down.4.res", 2 * c, 4 * c)?;
-    let x = net.attention(&x, "down.4.attn", 4 * c)?;
-
-    let (down4, x) = net.residual(&x, "middle.res1", 4 * c, 4 * c)?;
-    let x = net.attention(&x, "middle.attn", 4 * c)?;
-    let (_, x) = net.residual(&x, "middle.res2", 4 * c, 4 * c)?;
+    let c = config.channels;
+    let mut net = Net::new(ops, config, t, class)?;
+    let [conv1, down0, down1, down2, down3, down4, x] = net.down(config, x_t)?;
 
     let x = net.up(&x, &down4, "up.0", 8 * c, 4 * c)?;
     let x = net.attention(&x, "up.0.attn", 4 * c)?;
@@ -49,6 +31,18 @@ pub fn celeba_unet<O: Ops>(
     let x = net.up(&x, &conv1, "up.7", 2 * c, c)?;
     let x = net.ops.group_norm(&x, "norm", norm(c))?;
     net.ops.conv2d(&x, "last", conv3x3(c, config.in_channels, 1))
+}
+
+/// What the middle makes of an image, `[n, 4·channels, h/4, w/4]`; see [`super::bottleneck`].
+pub fn bottleneck<O: Ops>(
+    ops: &mut O,
+    config: &CelebaUnetConfig,
+    x_t: &O::Value,
+    t: &O::Value,
+    class: Option<&O::Value>,
+) -> Result<O::Value, O::Error> {
+    let [.., x] = Net::new(ops, config, t, class)?.down(config, x_t)?;
+    Ok(x)
 }
 
 /// The frozen table of the steps, `[n_steps, features]`: sines of the first half of the frequencies
@@ -81,7 +75,40 @@ struct Net<'a, O: Ops> {
     features: usize,
 }
 
-impl<O: Ops> Net<'_, O> {
+impl<'a, O: Ops> Net<'a, O> {
+    fn new(
+        ops: &'a mut O,
+        config: &CelebaUnetConfig,
+        t: &O::Value,
+        class: Option<&O::Value>,
+    ) -> Result<Self, O::Error> {
+        if class.is_some() {
+            return Err(Error::Request("the model takes no class and got one".into()).into());
+        }
+        let features = 4 * config.channels;
+        let table = Embedding { rows: config.n_steps, features, frozen: true };
+        let time = ops.embedding(t, "time_embed", table)?;
+        let time = ops.activate(&time, Activation::Silu)?;
+        Ok(Self { ops, time, features })
+    }
+
+    /// The way down and the middle: the six skips and its result.
+    fn down(&mut self, config: &CelebaUnetConfig, x_t: &O::Value) -> Result<[O::Value; 7], O::Error> {
+        let c = config.channels;
+        let conv1 = self.ops.conv2d(x_t, "conv1", conv3x3(config.in_channels, c, 1))?;
+        let (conv1, down0) = self.residual(&conv1, "down.0.res", c, c)?;
+        let x = self.ops.conv2d(&down0, "down.1", conv3x3(c, c, 2))?;
+        let (down1, down2) = self.residual(&x, "down.2.res", c, 2 * c)?;
+        let x = self.ops.conv2d(&down2, "down.3", conv3x3(2 * c, 2 * c, 2))?;
+        let (down3, x) = self.residual(&x, "down.4.res", 2 * c, 4 * c)?;
+        let x = self.attention(&x, "down.4.attn", 4 * c)?;
+
+        let (down4, x) = self.residual(&x, "middle.res1", 4 * c, 4 * c)?;
+        let x = self.attention(&x, "middle.attn", 4 * c)?;
+        let (_, x) = self.residual(&x, "middle.res2", 4 * c, 4 * c)?;
+        Ok([conv1, down0, down1, down2, down3, down4, x])
+    }
+
     /// The input with the time bias added, which is what a skip sees, and `conv1(silu(norm1(that)))`.
     fn residual(
         &mut self,

@@ -7,7 +7,7 @@ use super::{Activation, BatchNorm, Conv2d, ConvTranspose2d, GroupNorm, Linear, O
 use crate::Error;
 use crate::config::ContextUnetConfig;
 
-/// Predicted noise of a `ContextUnet`; see [`super::denoise`]. The class `n_classes` stands for no class.
+/// Prediction of a `ContextUnet`; see [`super::denoise`]. The class `n_classes` stands for no class.
 pub fn context_unet<O: Ops>(
     ops: &mut O,
     config: &ContextUnetConfig,
@@ -24,11 +24,7 @@ pub fn context_unet<O: Ops>(
     let class = ops.scale(&class, -1.0)?;
     let mut net = Net { ops };
 
-    let x0 = net.convolutions(x_t, "init_conv", config.in_channels, c, true)?;
-    let d1 = net.convolutions(&x0, "down1.model.0", c, c, false)?;
-    let d1 = net.ops.pool(&d1, Pool::Max, 2)?;
-    let d2 = net.convolutions(&d1, "down2.model.0", c, 2 * c, false)?;
-    let d2 = net.ops.pool(&d2, Pool::Max, 2)?;
+    let [x0, d1, d2] = net.down(config, x_t)?;
     let hidden = net.ops.pool(&d2, Pool::Average, bottom)?;
     let hidden = net.ops.activate(&hidden, Activation::Gelu)?;
 
@@ -54,6 +50,17 @@ pub fn context_unet<O: Ops>(
     net.ops.conv2d(&out, "out.3", conv3x3(c, config.in_channels))
 }
 
+/// What the way down makes of an image, `[n, 2·n_feat, h/4, w/4]`; step and class enter this network later. See
+/// [`super::bottleneck`].
+pub fn bottleneck<O: Ops>(
+    ops: &mut O,
+    config: &ContextUnetConfig,
+    x_t: &O::Value,
+) -> Result<O::Value, O::Error> {
+    let [_, _, d2] = Net { ops }.down(config, x_t)?;
+    Ok(d2)
+}
+
 fn conv3x3(in_channels: usize, out_channels: usize) -> Conv2d {
     Conv2d { in_channels, out_channels, kernel: 3, stride: 1, padding: [1; 4] }
 }
@@ -63,6 +70,17 @@ struct Net<'a, O: Ops> {
 }
 
 impl<O: Ops> Net<'_, O> {
+    /// The results at full, half and quarter size.
+    fn down(&mut self, config: &ContextUnetConfig, x_t: &O::Value) -> Result<[O::Value; 3], O::Error> {
+        let c = config.n_feat;
+        let x0 = self.convolutions(x_t, "init_conv", config.in_channels, c, true)?;
+        let d1 = self.convolutions(&x0, "down1.model.0", c, c, false)?;
+        let d1 = self.ops.pool(&d1, Pool::Max, 2)?;
+        let d2 = self.convolutions(&d1, "down2.model.0", c, 2 * c, false)?;
+        let d2 = self.ops.pool(&d2, Pool::Max, 2)?;
+        Ok([x0, d1, d2])
+    }
+
     /// Two convolutions with BatchNorm and GELU; with `residual`, the mean-like sum of both results.
     fn convolutions(
         &mut self,

@@ -5,10 +5,12 @@
 
 pub mod celeba_unet;
 pub mod context_unet;
+pub mod discriminator;
 pub mod shapes;
 pub mod unet2d;
 
 use crate::config::ModelConfig;
+use crate::schedule::Prediction;
 
 /// Convolution over `[n, c, h, w]`; weight `NAME.weight` `[out, in, kernel, kernel]`, bias `NAME.bias` `[out]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,7 +235,8 @@ pub trait Ops {
     ) -> Result<Self::Value, Self::Error>;
 }
 
-/// Predicted noise: `x_t` `[n, c, h, w]`, `t` `[n]` (or `[1]` for all), `class` `[n]` to `eps_pred` `[n, c, h, w]`.
+/// The network's prediction (noise, image or velocity, see [`Prediction`]): `x_t` `[n, c, h, w]`, `t` `[n]` (or `[1]` for
+/// all), `class` `[n]` to `[n, c, h, w]`.
 ///
 /// `class` must be given exactly where the model is conditional.
 pub fn denoise<O: Ops>(
@@ -250,6 +253,32 @@ pub fn denoise<O: Ops>(
     }
 }
 
+/// The features in the middle of the network, `[n, c, h, w]` of shape [`bottleneck_shape`]; arguments as [`denoise`].
+pub fn bottleneck<O: Ops>(
+    ops: &mut O,
+    config: &ModelConfig,
+    x_t: &O::Value,
+    t: &O::Value,
+    class: Option<&O::Value>,
+) -> Result<O::Value, O::Error> {
+    match config {
+        ModelConfig::UNet2D(c) => unet2d::bottleneck(ops, c, x_t, t, class),
+        ModelConfig::ContextUnet(c) => context_unet::bottleneck(ops, c, x_t),
+        ModelConfig::CelebaUnet(c) => celeba_unet::bottleneck(ops, c, x_t, t, class),
+    }
+}
+
+/// `[channels, height, width]` of [`bottleneck`].
+pub fn bottleneck_shape(config: &ModelConfig) -> [usize; 3] {
+    let [_, h, w] = config.image_shape();
+    let (channels, halvings) = match config {
+        ModelConfig::UNet2D(c) => (unet2d::bottleneck_channels(c), c.block_out_channels.len() - 1),
+        ModelConfig::ContextUnet(c) => (2 * c.n_feat, 2),
+        ModelConfig::CelebaUnet(c) => (4 * c.channels, 2),
+    };
+    [channels, h.div_ceil(1 << halvings), w.div_ceil(1 << halvings)]
+}
+
 /// The constants of a one-step generator.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OneStep {
@@ -261,12 +290,15 @@ pub struct OneStep {
     pub alpha_t: f64,
     /// `sigma_t` at `t_gen`.
     pub sigma_t: f64,
+    /// What the network predicts.
+    pub prediction: Prediction,
 }
 
-/// The one-step generator `x_gen = (z·s − sigma_t·eps_pred(z·s, t_gen)) / alpha_t`.
+/// The one-step generator: the image that the prediction at `(z·s, t_gen)` implies, for a base that predicts noise
+/// `x_gen = (z·s − sigma_t·eps_pred(z·s, t_gen)) / alpha_t`.
 ///
-/// Yin et al. 2024 (arXiv:2311.18828), section 3.2, for a base that predicts noise; `t_gen` is a property of the
-/// model instead of T − 1. The division comes last, so that rounding is not magnified twice.
+/// Yin et al. 2024 (arXiv:2311.18828), section 3.2; `t_gen` is a property of the model instead of T − 1. The division
+/// comes last, so that rounding is not magnified twice.
 pub fn one_step<O: Ops>(
     ops: &mut O,
     config: &ModelConfig,
@@ -276,10 +308,20 @@ pub fn one_step<O: Ops>(
 ) -> Result<O::Value, O::Error> {
     let x_t = if generator.input_scale == 1.0 { z.clone() } else { ops.scale(z, generator.input_scale)? };
     let t = ops.timestep(generator.t_gen as f64)?;
-    let eps_pred = denoise(ops, config, &x_t, &t, class)?;
-    let noise = ops.scale(&eps_pred, -generator.sigma_t)?;
-    let image = ops.add(&x_t, &noise)?;
-    ops.scale(&image, 1.0 / generator.alpha_t)
+    let prediction = denoise(ops, config, &x_t, &t, class)?;
+    match generator.prediction {
+        Prediction::Sample => Ok(prediction),
+        Prediction::Epsilon => {
+            let noise = ops.scale(&prediction, -generator.sigma_t)?;
+            let image = ops.add(&x_t, &noise)?;
+            ops.scale(&image, 1.0 / generator.alpha_t)
+        }
+        Prediction::Velocity => {
+            let kept = ops.scale(&x_t, generator.alpha_t)?;
+            let rest = ops.scale(&prediction, -generator.sigma_t)?;
+            ops.add(&kept, &rest)
+        }
+    }
 }
 
 impl OneStep {
@@ -304,6 +346,7 @@ impl OneStep {
             input_scale: config.input_scale,
             alpha_t: schedule.alpha_t(t_gen),
             sigma_t: schedule.sigma_t(t_gen),
+            prediction: schedule.prediction,
         })
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     Activation, BatchNorm, Conv2d, ConvTranspose2d, Embedding, GroupNorm, Linear, Ops, Pool,
-    TimestepEmbedding, denoise,
+    TimestepEmbedding, denoise, discriminator,
 };
 use crate::config::ModelConfig;
 use crate::{Error, Result};
@@ -30,6 +30,17 @@ pub fn summarise(config: &ModelConfig) -> Result<Summary> {
     let [c, h, w] = config.image_shape();
     let class = config.class_rows().map(|_| vec![1]);
     denoise(&mut ops, config, &vec![1, c, h, w], &vec![1], class.as_ref())?;
+    Ok(ops.0)
+}
+
+/// Walks the critic's way to its discriminator once on shapes: only the parameters of the head are listed.
+pub fn summarise_discriminator(config: &ModelConfig) -> Result<Summary> {
+    let mut ops = Shapes(Summary::default());
+    let [c, h, w] = config.image_shape();
+    let class = config.class_rows().map(|_| vec![1]);
+    let logit = discriminator::logit(&mut ops, config, &vec![1, c, h, w], &vec![1], class.as_ref())?;
+    expect("discriminator", &logit, 2, 1)?;
+    ops.0.parameters.retain(|name, _| name.starts_with(discriminator::PREFIX));
     Ok(ops.0)
 }
 
@@ -266,6 +277,7 @@ impl Ops for Shapes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::{bottleneck, bottleneck_shape};
 
     const CIFAR10: &str = r#"{"_class_name":"UNet2DModel","_diffusers_version":"0.0.4","act_fn":"silu",
         "attention_head_dim":null,"block_out_channels":[128,256,256,256],"center_input_sample":false,
@@ -281,6 +293,37 @@ mod tests {
         assert_eq!(summary.parameters.len(), 328);
         let giga = summary.total_macs() as f64 / 1e9;
         assert!((giga - 6.22).abs() < 0.01, "{giga} GMAC, expected 6.054 + 0.168");
+    }
+
+    #[test]
+    fn every_network_has_a_bottleneck_and_a_discriminator() {
+        let unet = |side: usize, channels: &str| {
+            let kinds = |name: &'static str| vec![name; channels.matches(',').count() + 1];
+            ModelConfig::from_json(&format!(
+                r#"{{"_class_name":"UNet2DModel","sample_size":{side},"in_channels":1,"out_channels":1,"block_out_channels":{channels},"down_block_types":{:?},"up_block_types":{:?},"norm_num_groups":8}}"#,
+                kinds("DownBlock2D"),
+                kinds("UpBlock2D")
+            ))
+            .unwrap()
+        };
+        let others = [r#"{"_class_name":"ContextUnet","n_feat":16}"#, r#"{"_class_name":"CelebaUNet"}"#];
+        let mut configs = others.map(|text| ModelConfig::from_json(text).unwrap()).to_vec();
+        configs.extend([
+            unet(28, "[16, 32, 64]"),
+            unet(32, "[8, 8, 8, 8]"),
+            unet(64, "[8, 16]"),
+            unet(12, "[8]"),
+        ]);
+        for config in configs {
+            let shape = bottleneck_shape(&config);
+            let [c, h, w] = config.image_shape();
+            let class = config.class_rows().map(|_| vec![1]);
+            let mut ops = Shapes(Summary::default());
+            let got = bottleneck(&mut ops, &config, &vec![1, c, h, w], &vec![1], class.as_ref()).unwrap();
+            assert_eq!(got[1..], shape, "{config:?}");
+            let head = summarise_discriminator(&config).unwrap();
+            assert_eq!(head.parameters["discriminator.logit.weight"], [1, shape[0], 1, 1]);
+        }
     }
 
     #[test]

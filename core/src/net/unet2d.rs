@@ -5,7 +5,7 @@ use super::{Activation, Conv2d, Embedding, GroupNorm, Linear, Ops, Pool, Timeste
 use crate::Error;
 use crate::config::{Block, Resample, TimeShift, UNet2DConfig};
 
-/// Predicted noise of a `UNet2DModel`; see [`super::denoise`].
+/// Prediction of a `UNet2DModel`; see [`super::denoise`].
 pub fn unet2d<O: Ops>(
     ops: &mut O,
     config: &UNet2DConfig,
@@ -13,76 +13,25 @@ pub fn unet2d<O: Ops>(
     t: &O::Value,
     class: Option<&O::Value>,
 ) -> Result<O::Value, O::Error> {
-    let channels = &config.block_out_channels;
     let temb = time_and_class(ops, config, t, class)?;
     let mut unet = UNet { ops, config, temb };
+    let down = unet.down(x_t)?;
+    let x = unet.middle(&down.x)?;
+    unet.up(x, down.skips)
+}
 
-    let conv_in = conv3x3(config.in_channels, channels[0]);
-    let mut x = unet.ops.conv2d(x_t, "conv_in", conv_in)?;
-    let mut x_channels = channels[0];
-    let mut skips = vec![(x.clone(), x_channels)];
-
-    for (i, (&out, block)) in channels.iter().zip(&config.down_blocks).enumerate() {
-        let path = format!("down_blocks.{i}");
-        for j in 0..config.layers_per_block {
-            x = unet.resnet(&x, &format!("{path}.resnets.{j}"), [x_channels, out], Size::Same)?;
-            x_channels = out;
-            if *block == Block::Attention {
-                x = unet.attention(&x, &format!("{path}.attentions.{j}"), out)?;
-            }
-            skips.push((x.clone(), out));
-        }
-        if i + 1 < channels.len() {
-            let path = format!("{path}.downsamplers.0");
-            x = match resample(*block, config.downsample_type) {
-                Resample::Resnet => unet.resnet(&x, &path, [out, out], Size::Halved)?,
-                Resample::Conv => {
-                    let p = config.downsample_padding;
-                    let spec = Conv2d { stride: 2, padding: [p, p, 1, 1], ..conv3x3(out, out) };
-                    unet.ops.conv2d(&x, &format!("{path}.conv"), spec)?
-                }
-            };
-            skips.push((x.clone(), out));
-        }
-    }
-
-    let divisor = config.mid_block_scale_factor;
-    x = unet.resnet_divided(&x, "mid_block.resnets.0", [x_channels, x_channels], Size::Same, divisor)?;
-    if config.add_attention {
-        // diffusers leaves the norm out here, and only here, where the time is a factor.
-        let normed = config.resnet_time_scale_shift == TimeShift::Add;
-        x = unet.attention_divided(&x, "mid_block.attentions.0", x_channels, normed, divisor)?;
-    }
-    x = unet.resnet_divided(&x, "mid_block.resnets.1", [x_channels, x_channels], Size::Same, divisor)?;
-
-    for (i, (&out, block)) in channels.iter().rev().zip(&config.up_blocks).enumerate() {
-        let path = format!("up_blocks.{i}");
-        for j in 0..=config.layers_per_block {
-            let (skip, skip_channels) =
-                skips.pop().ok_or_else(|| Error::config("up_block_types", "more blocks than skips"))?;
-            x = unet.ops.concat(&x, &skip)?;
-            let both = x_channels + skip_channels;
-            x = unet.resnet(&x, &format!("{path}.resnets.{j}"), [both, out], Size::Same)?;
-            x_channels = out;
-            if *block == Block::Attention {
-                x = unet.attention(&x, &format!("{path}.attentions.{j}"), out)?;
-            }
-        }
-        if i + 1 < channels.len() {
-            let path = format!("{path}.upsamplers.0");
-            x = match resample(*block, config.upsample_type) {
-                Resample::Resnet => unet.resnet(&x, &path, [out, out], Size::Doubled)?,
-                Resample::Conv => {
-                    x = unet.ops.upsample_nearest2x(&x)?;
-                    unet.ops.conv2d(&x, &format!("{path}.conv"), conv3x3(out, out))?
-                }
-            };
-        }
-    }
-
-    let norm = unet.norm(x_channels, true);
-    x = unet.ops.group_norm(&x, "conv_norm_out", norm)?;
-    unet.ops.conv2d(&x, "conv_out", conv3x3(x_channels, config.out_channels))
+/// What the middle block makes of an image, `[n, c, h, w]` of the coarsest resolution; see [`super::bottleneck`].
+pub fn bottleneck<O: Ops>(
+    ops: &mut O,
+    config: &UNet2DConfig,
+    x_t: &O::Value,
+    t: &O::Value,
+    class: Option<&O::Value>,
+) -> Result<O::Value, O::Error> {
+    let temb = time_and_class(ops, config, t, class)?;
+    let mut unet = UNet { ops, config, temb };
+    let down = unet.down(x_t)?;
+    unet.middle(&down.x)
 }
 
 /// SiLU of the joint embedding of step and class, `[n, 4·channels]`: every residual block uses it in this form.
@@ -122,12 +71,26 @@ fn time_and_class<O: Ops>(
     ops.activate(&x, config.activation)
 }
 
+/// Channels of [`bottleneck`].
+pub fn bottleneck_channels(config: &UNet2DConfig) -> usize {
+    config.block_out_channels.last().copied().unwrap_or_default()
+}
+
 fn embedding_features(config: &UNet2DConfig) -> usize {
     4 * config.block_out_channels[0]
 }
 
 fn conv3x3(in_channels: usize, out_channels: usize) -> Conv2d {
     Conv2d { in_channels, out_channels, kernel: 3, stride: 1, padding: [1; 4] }
+}
+
+/// A value that the way up joins again, and its channels.
+type Skip<O> = (<O as Ops>::Value, usize);
+
+/// The result of the way down, and what the way up joins again.
+struct Down<O: Ops> {
+    x: O::Value,
+    skips: Vec<Skip<O>>,
 }
 
 /// What a residual block does to the size of the image.
@@ -154,6 +117,84 @@ struct UNet<'a, O: Ops> {
 }
 
 impl<O: Ops> UNet<'_, O> {
+    fn down(&mut self, x_t: &O::Value) -> Result<Down<O>, O::Error> {
+        let config = self.config;
+        let channels = &config.block_out_channels;
+        let mut x = self.ops.conv2d(x_t, "conv_in", conv3x3(config.in_channels, channels[0]))?;
+        let mut x_channels = channels[0];
+        let mut skips = vec![(x.clone(), x_channels)];
+        for (i, (&out, block)) in channels.iter().zip(&config.down_blocks).enumerate() {
+            let path = format!("down_blocks.{i}");
+            for j in 0..config.layers_per_block {
+                x = self.resnet(&x, &format!("{path}.resnets.{j}"), [x_channels, out], Size::Same)?;
+                x_channels = out;
+                if *block == Block::Attention {
+                    x = self.attention(&x, &format!("{path}.attentions.{j}"), out)?;
+                }
+                skips.push((x.clone(), out));
+            }
+            if i + 1 < channels.len() {
+                let path = format!("{path}.downsamplers.0");
+                x = match resample(*block, config.downsample_type) {
+                    Resample::Resnet => self.resnet(&x, &path, [out, out], Size::Halved)?,
+                    Resample::Conv => {
+                        let p = config.downsample_padding;
+                        let spec = Conv2d { stride: 2, padding: [p, p, 1, 1], ..conv3x3(out, out) };
+                        self.ops.conv2d(&x, &format!("{path}.conv"), spec)?
+                    }
+                };
+                skips.push((x.clone(), out));
+            }
+        }
+        Ok(Down { x, skips })
+    }
+
+    fn middle(&mut self, x: &O::Value) -> Result<O::Value, O::Error> {
+        let (config, c) = (self.config, bottleneck_channels(self.config));
+        let divisor = config.mid_block_scale_factor;
+        let mut x = self.resnet_divided(x, "mid_block.resnets.0", [c, c], Size::Same, divisor)?;
+        if config.add_attention {
+            // diffusers leaves the norm out here, and only here, where the time is a factor.
+            let normed = config.resnet_time_scale_shift == TimeShift::Add;
+            x = self.attention_divided(&x, "mid_block.attentions.0", c, normed, divisor)?;
+        }
+        self.resnet_divided(&x, "mid_block.resnets.1", [c, c], Size::Same, divisor)
+    }
+
+    /// The way up, and the last layers.
+    fn up(&mut self, mut x: O::Value, mut skips: Vec<Skip<O>>) -> Result<O::Value, O::Error> {
+        let config = self.config;
+        let channels = &config.block_out_channels;
+        let mut x_channels = bottleneck_channels(config);
+        for (i, (&out, block)) in channels.iter().rev().zip(&config.up_blocks).enumerate() {
+            let path = format!("up_blocks.{i}");
+            for j in 0..=config.layers_per_block {
+                let (skip, skip_channels) =
+                    skips.pop().ok_or_else(|| Error::config("up_block_types", "more blocks than skips"))?;
+                x = self.ops.concat(&x, &skip)?;
+                let both = x_channels + skip_channels;
+                x = self.resnet(&x, &format!("{path}.resnets.{j}"), [both, out], Size::Same)?;
+                x_channels = out;
+                if *block == Block::Attention {
+                    x = self.attention(&x, &format!("{path}.attentions.{j}"), out)?;
+                }
+            }
+            if i + 1 < channels.len() {
+                let path = format!("{path}.upsamplers.0");
+                x = match resample(*block, config.upsample_type) {
+                    Resample::Resnet => self.resnet(&x, &path, [out, out], Size::Doubled)?,
+                    Resample::Conv => {
+                        x = self.ops.upsample_nearest2x(&x)?;
+                        self.ops.conv2d(&x, &format!("{path}.conv"), conv3x3(out, out))?
+                    }
+                };
+            }
+        }
+        let norm = self.norm(x_channels, true);
+        x = self.ops.group_norm(&x, "conv_norm_out", norm)?;
+        self.ops.conv2d(&x, "conv_out", conv3x3(x_channels, config.out_channels))
+    }
+
     fn norm(&self, channels: usize, silu: bool) -> GroupNorm {
         GroupNorm { channels, groups: self.config.norm_num_groups, eps: self.config.norm_eps, silu }
     }

@@ -27,7 +27,7 @@ use crate::optimiser::{AdamW, AdamWConfig, Ema, state};
 use crate::progress::{Progress, stop_requested};
 use crate::random::{Purpose, Random};
 use crate::run::{Run, images, save_grid};
-use crate::sampler::{Request, ddim};
+use crate::sampler::{Request, Sampling, sample};
 
 /// Creates the folder of a new run, which appears complete or not at all; returns its options and images with it.
 pub fn begin(start: Start, out: Option<&Path>) -> Result<(Run, TeacherOptions, Loaded)> {
@@ -125,8 +125,8 @@ pub fn train(run: &Run, options: &TeacherOptions, loaded: &Loaded, device: &Devi
         let class = class.map(|c| Tensor::new(c, device)).transpose()?;
         let eps = random.normal_tensor(x0.dims(), device)?;
         let levels = losses::NoiseLevels::new(&schedule, &t, device)?;
-        let eps_pred = network.eps_pred(&levels.noisy(&x0, &eps)?, &levels.t, class.as_ref())?;
-        let loss = losses::denoising(&eps_pred, &eps)?;
+        let prediction = network.predict(&levels.noisy(&x0, &eps)?, &levels.t, class.as_ref())?;
+        let loss = losses::denoising(&prediction, &levels.target(&x0, &eps)?)?;
         let grads = loss.backward()?;
         optimiser.config.lr = options.lr * lr_factor(options, step);
         let norm = optimiser.step(network.variables(), &grads)?;
@@ -143,7 +143,7 @@ pub fn train(run: &Run, options: &TeacherOptions, loaded: &Loaded, device: &Devi
         if step.is_multiple_of(options.sample_every) || last {
             let averaged = Network::frozen(&config, &ema.tensors, device)?;
             let request = Request::new(options.seed, 0, options.samples, classes.as_ref().map(|c| c.count));
-            let x = ddim(&averaged, &schedule, &request, options.sample_steps)?;
+            let x = sample(&averaged, &schedule, &request, &Sampling::ddim(options.sample_steps))?;
             let path = run.path(&format!("samples/step-{step:06}.png"));
             save_grid(&path, &images(&x, config.range())?, 10, 2)?;
         }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::bail;
 use dmd_runtime_native::file::ModelInfo;
-use dmd_runtime_native::generator::{classes, find_class, steps};
+use dmd_runtime_native::generator::{classes, evaluations, find_class, steps};
 use dmd_runtime_native::{Class, Model, Options, Request};
 
 use super::output::{Output, Wish};
@@ -22,6 +22,9 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     let steps = steps(&info, args.steps)?;
     let (class, per_class) = class_of(args, &info)?;
     let count = args.count as usize * per_class.unwrap_or(1);
+    let (seed, sampler, guidance) = (args.seed, args.sampler, args.guidance);
+    let request = Request { seed, first: 0, count, class, steps: Some(steps), sampler, guidance };
+    let evaluations = evaluations(&info, &request)?;
     let output = Output::plan(&Wish {
         path: &args.output,
         grid: args.grid || per_class.is_some(),
@@ -45,8 +48,7 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         eprintln!("not taken: {reason}");
     }
 
-    let request = Request { seed: args.seed, first: 0, count, class, steps: Some(steps) };
-    let progress = Progress::new((count * steps) as u64);
+    let progress = Progress::new((count * evaluations) as u64);
     let result = model.generate(&request, &|n| progress.add(n));
     let elapsed = progress.finish();
     output.write(&result?)?;
