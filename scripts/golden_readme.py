@@ -11,6 +11,15 @@ from golden_common import FIXTURES, GOLDEN, PINS, ROOT
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HOLDS = {
+    GOLDEN / "bases.safetensors": (
+        "golden_bases.py",
+        "the three reference bases at full size: eps_pred; eight small networks with every option: eps_pred and all gradients; weights"
+        " come from seeds",
+    ),
+    GOLDEN / "batch_norm.safetensors": (
+        "golden_batch_norm.py",
+        "BatchNorm by the statistics of its batch, 9 cases: result, gradients, running statistics after",
+    ),
     GOLDEN / "losses.safetensors": (
         "golden_losses.py",
         "the DM, regression and critic losses with all gradients (`once.`, `grad.`), ten AdamW steps (`steps.`, `final.`);"
@@ -18,7 +27,7 @@ HOLDS = {
     ),
     GOLDEN / "noise.safetensors": ("golden_noise.py", "noise contract `dmd-noise-1` from plain Python (`docs/noise.md`)"),
     GOLDEN / "one_step.safetensors": ("golden_unet.py", "tiny-class as a one-step generator: t_gen 440, input scale 1"),
-    GOLDEN / "ops.safetensors": ("golden_ops.py", "71 single operations: result and gradients; naming in the script's header"),
+    GOLDEN / "ops.safetensors": ("golden_ops.py", "99 single operations: result and gradients; naming in the script's header"),
     GOLDEN / "schedule.safetensors": (
         "golden_schedule.py",
         "betas and alphas_cumprod in f64; ten DDIM steps of tiny-class with every image and network output, plain"
@@ -46,7 +55,7 @@ Reference values by PyTorch and diffusers, computed in f64 from f32 weights and 
 
 ```sh
 python3 -m venv target/golden && target/golden/bin/pip install -r scripts/golden-requirements.txt
-for subject in unet schedule losses ops noise readme; do target/golden/bin/python scripts/golden_$subject.py; done
+for subject in unet bases schedule losses ops batch_norm noise readme; do target/golden/bin/python scripts/golden_$subject.py; done
 ```
 
 The same bytes came out of repeated runs; another processor may change a last bit. Made with

@@ -12,6 +12,7 @@ use dmd_distill::losses::{self, Distance, NoiseLevels};
 use dmd_distill::network::{Network, Tensors};
 use dmd_distill::ops::CandleOps;
 use dmd_distill::optimiser::{AdamW, AdamWConfig};
+use dmd_distill::statistics::BatchStatistics;
 use dmd_tests::operations::Operation;
 use dmd_tests::{Golden, compare, compare_scaled, fixture};
 
@@ -106,7 +107,44 @@ fn operations_match_pytorch() -> Result<()> {
     Ok(())
 }
 
+/// Every case of `scripts/golden_batch_norm.py` on both engines: BatchNorm by the statistics of its batch, with the running statistics
+/// that follow.
+#[test]
+fn batch_norm_of_a_batch_matches_pytorch() -> Result<()> {
+    let golden = Golden::load("batch_norm")?;
+    let operations = Operation::all(&golden)?;
+    for operation in &operations {
+        for engine in ["cpu", "candle"] {
+            let statistics = BatchStatistics::default();
+            run_with(&golden, operation, engine, Some(&statistics))
+                .with_context(|| format!("{} on {engine}", operation.case))?;
+            let case = &operation.case;
+            let names = ["running_mean", "running_var"];
+            let read =
+                |name: &str| Ok((format!("layer.{name}"), floats(&golden, &format!("{case}.{name}"))?));
+            let mut running: Tensors = names.iter().map(|name| read(name)).collect::<Result<_>>()?;
+            statistics.apply(&mut running)?;
+            for name in names {
+                let expected = golden.f32(&format!("{case}.after.{name}"))?;
+                let got = flat(&running[&format!("layer.{name}")])?;
+                compare_scaled(&format!("{case}, {name} on {engine}"), &got, &expected, 1e-5, 1e-6)?;
+            }
+        }
+    }
+    ensure!(operations.len() > 8, "only {} cases", operations.len());
+    Ok(())
+}
+
 fn run_case(golden: &Golden, operation: &Operation, engine: &str) -> Result<()> {
+    run_with(golden, operation, engine, None)
+}
+
+fn run_with(
+    golden: &Golden,
+    operation: &Operation,
+    engine: &str,
+    statistics: Option<&BatchStatistics>,
+) -> Result<()> {
     let case = &operation.case;
     let read = |name: &&'static str| -> Result<(&'static str, Var)> {
         Ok((*name, Var::from_tensor(&floats(golden, &format!("{case}.{name}"))?)?))
@@ -119,15 +157,22 @@ fn run_case(golden: &Golden, operation: &Operation, engine: &str) -> Result<()> 
     let shape = golden.shape(&format!("{case}.y"))?;
     let y = if engine == "cpu" {
         let images: Vec<Tensor> = tensors.iter().map(as_images).collect::<Result<_>>()?;
-        let operation = operation.clone();
+        let (operation, statistics) = (operation.clone(), statistics.cloned());
         let run = move |ops: &mut CpuOps, inputs: &[cpu::Value]| {
+            if let Some(statistics) = statistics {
+                ops.use_batch_statistics(statistics);
+            }
             let numbers = ops.numbers(&operation.numbers);
             operation.run(ops, inputs, &numbers)
         };
         cpu::apply(&images, &parameters, run)?.reshape(shape)?
     } else {
         let numbers = Tensor::new(operation.numbers.as_slice(), &CPU)?;
-        operation.run(&mut CandleOps::new(&parameters, &CPU), &tensors, &numbers)?
+        let mut ops = CandleOps::new(&parameters, &CPU);
+        if let Some(statistics) = statistics {
+            ops.use_batch_statistics(statistics.clone());
+        }
+        operation.run(&mut ops, &tensors, &numbers)?
     };
     let bound = if operation.name() == "timestep_embedding" { ANGLES_IN_F32 } else { 1e-5 };
     compare_scaled(case, &flat(&y)?, &golden.f32(&format!("{case}.y"))?, bound, 1e-6)?;

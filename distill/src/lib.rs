@@ -27,6 +27,7 @@ pub mod random;
 pub mod report;
 pub mod run;
 pub mod sampler;
+pub mod statistics;
 pub mod teacher;
 pub mod train;
 pub mod weights;

@@ -11,6 +11,7 @@ use crate::cpu;
 use crate::error::{Error, Result};
 use crate::ops::CandleOps;
 use crate::random::{Purpose, Random};
+use crate::statistics::BatchStatistics;
 
 /// Tensors by checkpoint name.
 pub type Tensors = BTreeMap<String, Tensor>;
@@ -24,6 +25,8 @@ pub struct Network {
     device: Device,
     /// What predictions are computed in.
     dtype: DType,
+    /// Present while BatchNorm normalises by its own batch.
+    statistics: Option<BatchStatistics>,
 }
 
 /// Classifier-free guidance of a base that was trained with dropped labels.
@@ -65,6 +68,7 @@ impl Network {
             variables: Vec::new(),
             device: device.clone(),
             dtype: DType::F32,
+            statistics: None,
         })
     }
 
@@ -81,14 +85,29 @@ impl Network {
             parameters.insert(name.clone(), var.as_tensor().clone());
             variables.push((name.clone(), var));
         }
-        Ok(Self { config: config.clone(), parameters, variables, device: device.clone(), dtype: DType::F32 })
+        let (config, device) = (config.clone(), device.clone());
+        Ok(Self { config, parameters, variables, device, dtype: DType::F32, statistics: None })
+    }
+
+    /// While a base is trained, BatchNorm normalises by the statistics of its own batch, and [`Self::update_statistics`] moves the
+    /// running ones. Without this, as in distillation and sampling, they are fixed: one function for training and use.
+    pub fn training_statistics(self) -> Self {
+        Self { statistics: Some(BatchStatistics::default()), ..self }
+    }
+
+    /// Moves the running statistics a tenth of the way to those of the last prediction, as PyTorch does.
+    pub fn update_statistics(&mut self) -> Result<()> {
+        if let Some(statistics) = &self.statistics {
+            statistics.apply(&mut self.parameters)?;
+        }
+        Ok(())
     }
 
     /// The same weights, following every later update, without gradients: nothing is kept for a backward pass.
     pub fn without_gradient(&self) -> Self {
         let parameters = self.parameters.iter().map(|(name, t)| (name.clone(), t.detach())).collect();
         let (config, device, dtype) = (self.config.clone(), self.device.clone(), self.dtype);
-        Self { config, parameters, variables: Vec::new(), device, dtype }
+        Self { config, parameters, variables: Vec::new(), device, dtype, statistics: None }
     }
 
     /// Predicts noise in bf16 on a GPU, half the time and memory; the weights it follows stay f32. For networks whose
@@ -106,12 +125,18 @@ impl Network {
     pub fn predict(&self, x_t: &Tensor, t: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
         if !self.device.is_cpu() {
             let mut ops = CandleOps::new(&self.parameters, &self.device).in_type(self.dtype);
+            if let Some(statistics) = &self.statistics {
+                ops.use_batch_statistics(statistics.clone());
+            }
             let prediction = denoise(&mut ops, &self.config, &x_t.to_dtype(self.dtype)?, t, class)?;
             return Ok(prediction.to_dtype(DType::F32)?);
         }
         let (config, class) = (self.config.clone(), numbers(class)?);
-        let t = t.to_vec1::<f32>()?;
+        let (t, statistics) = (t.to_vec1::<f32>()?, self.statistics.clone());
         Ok(cpu::apply(std::slice::from_ref(x_t), &self.parameters, move |ops, x| {
+            if let Some(statistics) = statistics {
+                ops.use_batch_statistics(statistics);
+            }
             let (t, class) = (ops.numbers(&t), class.map(|class| ops.numbers(&class)));
             denoise(ops, &config, &x[0], &t, class.as_ref())
         })?)

@@ -152,12 +152,17 @@ impl Ema {
 
     /// Moves towards the variables.
     pub fn update(&mut self, variables: &[(String, Var)]) -> Result<()> {
+        self.update_to(variables.iter().map(|(name, var)| (name, var.as_tensor())))
+    }
+
+    /// Moves towards tensors by name, variables or running statistics.
+    pub fn update_to<'a>(&mut self, tensors: impl Iterator<Item = (&'a String, &'a Tensor)>) -> Result<()> {
         let n = self.updates as f64;
         let decay = self.decay.min((1.0 + n) / (10.0 + n));
         self.updates += 1;
-        for (name, var) in variables {
+        for (name, tensor) in tensors {
             if let Some(average) = self.tensors.get_mut(name) {
-                *average = ((&*average * decay)? + (var.as_tensor().detach() * (1.0 - decay))?)?;
+                *average = ((&*average * decay)? + (tensor.detach() * (1.0 - decay))?)?;
             }
         }
         Ok(())

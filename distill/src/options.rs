@@ -8,6 +8,7 @@ use dmd_core::sampler::Sampler;
 use dmd_core::schedule::Schedule;
 use serde::Deserialize;
 
+use crate::base;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::files;
@@ -15,7 +16,7 @@ use crate::losses::Distance;
 use crate::network::Guidance;
 use crate::optimiser::LrSchedule;
 use crate::pairs::PairsOptions;
-use crate::teacher::TeacherOptions;
+use crate::teacher::options::TeacherArgs;
 use crate::train::{DistillOptions, Keep, Method};
 
 fn sampler() -> impl TypedValueParser<Value = Sampler> {
@@ -111,9 +112,9 @@ pub struct Recipe {
     /// discriminator of real images, no pairs) [default: dmd]
     #[arg(long, value_enum)]
     pub method: Option<Method>,
-    /// Real images for the discriminator: a folder with the data set's files [default: searched as for `teacher`]
-    #[arg(long, value_name = "DIR")]
-    pub data: Option<PathBuf>,
+    /// Real images for the discriminator: `fashion-mnist`, or a folder as `teacher --data` takes it [default: the preset's]
+    #[arg(long, value_name = "NAME|DIR")]
+    pub data: Option<String>,
     /// Generator updates [default: 2000]
     #[arg(long, value_name = "N")]
     pub train_steps: Option<u64>,
@@ -210,47 +211,6 @@ pub struct Recipe {
     /// Images of a sample grid; the comparison with the teacher's 50 steps has at most 20 [default: 40]
     #[arg(long, value_name = "N")]
     pub samples: Option<usize>,
-}
-
-/// A base training.
-#[derive(Clone, Debug, Args)]
-pub struct TeacherArgs {
-    /// Preset to train
-    #[arg(long, value_name = "NAME", required_unless_present = "resume")]
-    pub base: Option<String>,
-    /// Folder with the data set's files [default: Debian's package, else the cache, else a download]
-    #[arg(long, value_name = "DIR")]
-    pub data: Option<PathBuf>,
-    /// Continue the run in this folder
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["base", "data", "out"])]
-    pub resume: Option<PathBuf>,
-    /// Run folder to create [default: the next free runs/teacher-BASE-NNN]
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-    /// Updates
-    #[arg(long, value_name = "N", default_value_t = 20_000)]
-    pub train_steps: u64,
-    /// Images per update
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    pub batch: usize,
-    /// Learning rate after warm-up
-    #[arg(long, value_name = "X", default_value_t = 1e-3)]
-    pub lr: f64,
-    /// Decay of the weights' moving average
-    #[arg(long, value_name = "X", default_value_t = 0.999)]
-    pub ema: f64,
-    /// Seed of everything random
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub seed: u32,
-    /// Updates between saved states
-    #[arg(long, value_name = "N", default_value_t = 200)]
-    pub save_every: u64,
-    /// Updates between sample grids
-    #[arg(long, value_name = "N", default_value_t = 1000)]
-    pub sample_every: u64,
-    /// Where to compute
-    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
-    pub device: String,
 }
 
 /// A pre-computation of pairs.
@@ -393,7 +353,10 @@ impl Recipe {
             base: name.to_owned(),
             base_sha256: base.sha256.clone(),
             method,
-            data: self.data,
+            data: match self.data {
+                Some(data) => Some(data),
+                None => base::find(name).map(base::Preset::teacher_recipe).transpose()?.and_then(|r| r.data),
+            },
             dm_weight: self.dm_weight.unwrap_or(1.0),
             dm_alpha_factor: self.dm_alpha_factor.unwrap_or(false),
             t_min: self.t_min.unwrap_or(0.02),
@@ -465,6 +428,10 @@ fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
             "weights of losses must not be negative",
         ),
         (
+            o.gan_weight == 0.0 || o.data.is_some(),
+            "the adversarial loss needs real images\n\nhint: `--data NAME|DIR`, or `--gan-weight 0`",
+        ),
+        (
             o.lambda_reg > 0.0 || o.dm_weight > 0.0 || o.gan_weight > 0.0,
             "all weights are 0: the generator would learn nothing",
         ),
@@ -482,25 +449,5 @@ fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
     match rules.into_iter().find(|(holds, _)| !holds) {
         Some((_, rule)) => Err(Error::Request(rule.to_owned())),
         None => Ok(()),
-    }
-}
-
-impl TeacherArgs {
-    /// Resolved options of a new base training.
-    pub fn resolve(&self) -> TeacherOptions {
-        TeacherOptions {
-            command: "teacher".to_owned(),
-            base: self.base.clone().unwrap_or_default(),
-            data: self.data.clone(),
-            train_steps: self.train_steps,
-            batch: self.batch,
-            lr: self.lr,
-            warmup: 100,
-            ema: self.ema,
-            drop_label: 0.1,
-            seed: self.seed,
-            save_every: self.save_every,
-            sample_every: self.sample_every,
-        }
     }
 }

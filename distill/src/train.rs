@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::checkpoint::{Checkpoint, Source, snapshot};
-use crate::data::{Dataset, Split};
+use crate::data::{self, Split};
 use crate::distillation::{Distillation, Material};
 use crate::error::{Error, Result};
 use crate::html;
@@ -71,8 +71,8 @@ pub struct DistillOptions {
     pub pair_steps: usize,
     /// Sampler of the pairs.
     pub pair_sampler: Sampler,
-    /// Real images of the adversarial loss, if not searched for.
-    pub data: Option<PathBuf>,
+    /// Real images, for the adversarial loss.
+    pub data: Option<String>,
     /// Classifier-free guidance of the teacher, for pairs and distribution matching; 1 is none.
     pub guidance: f64,
     /// Generator updates.
@@ -146,9 +146,11 @@ impl DistillOptions {
             0 => None,
             count => Some(pairs::prepare(&self.pairs_dir, &self.pairs(base), base, count, device)?),
         };
-        let real = match self.gan_weight > 0.0 {
-            true => Some(Dataset::fashion_mnist(self.data.as_deref(), Split::Train)?),
-            false => None,
+        let real = match &self.data {
+            Some(data) if self.gan_weight > 0.0 => {
+                Some(data::Source::find(data, Split::Train)?.load(base.config.image_shape())?.data)
+            }
+            _ => None,
         };
         Ok(Material { pairs, real })
     }

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use dmd_core::compare::{Tolerance, close};
-use dmd_core::net::{Conv2d, GroupNorm, Ops};
+use dmd_core::net::{BatchNorm, Conv2d, GroupNorm, Ops};
 use dmd_core::noise;
 
 use super::{CpuOps, Value, apply};
 use crate::ops::{CandleOps, Error};
+use crate::statistics::BatchStatistics;
 
 const TOLERANCE: Tolerance = Tolerance { abs: 2e-4, rel: 1e-4 };
 
@@ -89,6 +90,58 @@ fn group_norm_equals_its_composition() {
             move |ops, x| ops.group_norm(&x[0], "l", spec),
             |ops, x| ops.group_norm(&x[0], "l", spec),
         );
+    }
+}
+
+/// Layers before and after BatchNorm sum over lanes, so whatever it left in lanes without an image would show; running statistics
+/// agree too.
+#[test]
+fn batch_norm_of_a_batch_ignores_empty_lanes() {
+    let spec = Conv2d { in_channels: 3, out_channels: 4, kernel: 3, stride: 1, padding: [1; 4] };
+    let again = Conv2d { in_channels: 4, ..spec };
+    let norm = BatchNorm { channels: 4, eps: 1e-5 };
+    fn network<O: Ops>(
+        ops: &mut O,
+        x: &O::Value,
+        [a, b]: [Conv2d; 2],
+        norm: BatchNorm,
+    ) -> Result<O::Value, O::Error> {
+        let y = ops.conv2d(x, "a", a)?;
+        let y = ops.batch_norm(&y, "n", norm)?;
+        ops.conv2d(&y, "b", b)
+    }
+    for n in [1, 2, 7, 8, 9, 16, 19, 33] {
+        let parameters = [
+            ("a.weight", random(2, &[4, 3, 3, 3])),
+            ("a.bias", random(3, &[4])),
+            ("b.weight", random(4, &[4, 4, 3, 3])),
+            ("b.bias", random(5, &[4])),
+            ("n.weight", random(6, &[4])),
+            ("n.bias", random(7, &[4])),
+        ];
+        let [fast, slow] = [BatchStatistics::default(), BatchStatistics::default()];
+        let (used, also) = (fast.clone(), slow.clone());
+        check(
+            &format!("{n} images"),
+            &[random(1, &[n, 3, 5, 6])],
+            &parameters,
+            move |ops, x| {
+                ops.use_batch_statistics(used.clone());
+                network(ops, &x[0], [spec, again], norm)
+            },
+            |ops, x| {
+                ops.use_batch_statistics(also.clone());
+                network(ops, &x[0], [spec, again], norm)
+            },
+        );
+        let running = [fast, slow].map(|statistics| {
+            let zeros =
+                |name: &str| (format!("n.{name}"), Tensor::zeros(4, DType::F32, &Device::Cpu).unwrap());
+            let mut running = BTreeMap::from(["running_mean", "running_var"].map(zeros));
+            statistics.apply(&mut running).unwrap();
+            running.values().flat_map(flat).collect::<Vec<f32>>()
+        });
+        close(&running[0], &running[1], TOLERANCE).unwrap_or_else(|e| panic!("{n} images, statistics: {e}"));
     }
 }
 
