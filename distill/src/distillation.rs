@@ -102,9 +102,9 @@ impl<'a> Distillation<'a> {
         };
         let generator = Network::trainable(&base.config, &first, device)?;
         let fake = Network::trainable(&base.config, &critic, device)?;
-        let config = |lr: f64| AdamWConfig { clip: options.clip, ..AdamWConfig::new(lr, options.warmup) };
-        let mut generator_optimiser = AdamW::new(config(options.lr), generator.variables())?;
-        let mut fake_optimiser = AdamW::new(config(options.lr_fake), fake.variables())?;
+        let adam = |lr: f64| AdamWConfig { clip: options.clip, ..AdamWConfig::new(lr, options.warmup) };
+        let mut generator_optimiser = AdamW::new(adam(options.lr), generator.variables())?;
+        let mut fake_optimiser = AdamW::new(adam(options.lr_fake), fake.variables())?;
         if let Some(tensors) = saved {
             generator_optimiser.load("generator_optimiser", generator.variables(), tensors)?;
             fake_optimiser.load("fake_optimiser", fake.variables(), tensors)?;

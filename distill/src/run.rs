@@ -18,6 +18,9 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::network::Tensors;
 
+/// Name of the state that a run continues from.
+pub const LATEST: &str = "state";
+
 /// Folder of one run.
 pub struct Run {
     /// Its path.

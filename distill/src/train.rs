@@ -21,12 +21,10 @@ use crate::optimiser::{Ema, LrSchedule};
 use crate::pairs::{self, PairsOptions};
 use crate::progress::{Progress, stop_requested};
 use crate::report;
-use crate::run::{Run, images, save_grid};
+use crate::run::{LATEST, Run, images, save_grid};
 use crate::sampler::{Request, one_step};
 use crate::teacher::part;
 
-/// Name of the state that a run continues from.
-const LATEST: &str = "state";
 /// Name of the state whose samples were best.
 const BEST: &str = "best";
 /// Returns to the best state before a run gives up.

@@ -26,7 +26,7 @@ use crate::network::{Network, Tensors, initial_weights};
 use crate::optimiser::{LrSchedule, AdamW, AdamWConfig, Ema, state};
 use crate::progress::{Progress, stop_requested};
 use crate::random::{Purpose, Random};
-use crate::run::{Run, images, save_grid};
+use crate::run::{LATEST, Run, images, save_grid};
 use crate::sampler::{Request, Sampling, sample};
 
 /// Creates the folder of a new run, which appears complete or not at all; returns its options and images with it.
@@ -79,22 +79,22 @@ pub fn train(run: &Run, options: &TeacherOptions, loaded: &Loaded, device: &Devi
     let summary = shapes::summarise(&config)?;
     let constant: BTreeSet<&String> = summary.frozen.difference(&summary.statistics).collect();
 
-    let resumed = run.load_state()?;
-    let mut step = resumed.as_ref().map_or(0, |(step, _)| *step);
+    let resumed = run.load_state(LATEST)?;
+    let mut step = resumed.as_ref().map_or(0, |state| state.step);
     let weights = match (&resumed, &options.init) {
-        (Some((_, tensors)), _) => part(tensors, "teacher.")?,
+        (Some(state), _) => part(&state.tensors, "teacher.")?,
         (None, Some(_)) => Checkpoint::load(&Source::Folder(run.path("init")))?.tensors,
         (None, None) => initial_weights(&config, options.seed)?,
     };
     let mut network = Network::trainable(&config, &weights, device)?.training_statistics();
     let mut optimiser = AdamW::new(adam(options), network.variables())?;
     let average = match &resumed {
-        Some((_, tensors)) => part(tensors, "ema.")?,
+        Some(state) => part(&state.tensors, "ema.")?,
         None => snapshot(network.parameters())?,
     };
     let mut ema = Ema::new(options.ema, step, average);
-    if let Some((_, tensors)) = &resumed {
-        optimiser.load("optimiser", network.variables(), tensors)?;
+    if let Some(state) = &resumed {
+        optimiser.load("optimiser", network.variables(), &state.tensors)?;
         eprintln!("continuing after step {step}");
     }
     let mut mean_loss = None;
@@ -155,7 +155,7 @@ pub fn train(run: &Run, options: &TeacherOptions, loaded: &Loaded, device: &Devi
                 tensors.insert(format!("ema.{name}"), ema.tensors[name].clone());
             }
             optimiser.save("optimiser", network.variables(), &mut tensors)?;
-            run.save_state(step, &tensors)?;
+            run.save_state(LATEST, step, &tensors, &())?;
         }
         if stop && !last {
             return Err(Error::Interrupted(format!(
