@@ -13,6 +13,7 @@ pub mod error;
 pub mod files;
 pub mod hub;
 pub mod losses;
+pub mod metrics;
 pub mod network;
 pub mod ops;
 pub mod optimiser;

@@ -20,6 +20,10 @@ pub enum Purpose {
     Generator = 4,
     /// Critic updates.
     Critic = 5,
+    /// Which real images a metric looks at, and its subsets.
+    Metrics = 6,
+    /// Shifts of the images a classifier is trained on.
+    Augmentation = 7,
 }
 
 /// A stream of random numbers.
