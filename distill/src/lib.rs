@@ -5,11 +5,13 @@
 
 pub mod base;
 pub mod checkpoint;
+pub mod classifier;
 pub mod commands;
 pub mod cpu;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod eval;
 pub mod files;
 pub mod hub;
 pub mod losses;

@@ -7,7 +7,9 @@ use dmd_core::schedule::Schedule;
 use serde::Deserialize;
 
 use crate::checkpoint::Checkpoint;
+use crate::classifier::ClassifierArgs;
 use crate::error::{Error, Result};
+use crate::eval::EvalArgs;
 use crate::files;
 use crate::pairs::PairsOptions;
 use crate::teacher::TeacherOptions;
@@ -64,6 +66,10 @@ pub enum Command {
     Pairs(PairsArgs),
     /// Draw a grid of images from a base (many steps) or a generator (one step)
     Sample(SampleArgs),
+    /// Train the small classifier whose features the metrics compare
+    Classifier(ClassifierArgs),
+    /// Measure how far a generator's images are from real ones, beside its teacher's
+    Eval(EvalArgs),
 }
 
 /// A distillation.
