@@ -39,9 +39,6 @@ impl<'a> Judge<'a> {
             true => Scorer::for_base(base, REFERENCE, device)?,
             false => None,
         };
-        if scorer.is_none() {
-            eprintln!("no metric for these images: the last weights are kept, not the best");
-        }
         Ok(Self {
             options,
             scorer,

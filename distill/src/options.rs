@@ -10,7 +10,9 @@ use serde::Deserialize;
 
 use crate::base;
 use crate::checkpoint::Checkpoint;
+use crate::classifier::ClassifierArgs;
 use crate::error::{Error, Result};
+use crate::eval::EvalArgs;
 use crate::files;
 use crate::losses::Distance;
 use crate::network::Guidance;
@@ -74,6 +76,10 @@ pub enum Command {
     Pairs(PairsArgs),
     /// Draw a grid of images from a base (many steps) or a generator (one step)
     Sample(SampleArgs),
+    /// Train the small classifier whose features the metrics compare
+    Classifier(ClassifierArgs),
+    /// Measure how far a generator's images are from real ones, beside its teacher's
+    Eval(EvalArgs),
 }
 
 /// A distillation.
