@@ -150,7 +150,8 @@ impl Scorer {
     pub fn for_base(base: &Checkpoint, count: usize, device: &Device) -> Result<Option<Self>> {
         let classifier = Classifier::bundled(device)?;
         let names = base.provenance.classes.as_ref().map(|classes| &classes.names);
-        if classifier.config.image_shape() != base.config.image_shape() || names != Some(&classifier.card.classes)
+        if classifier.config.image_shape() != base.config.image_shape()
+            || names != Some(&classifier.card.classes)
         {
             return Ok(None);
         }

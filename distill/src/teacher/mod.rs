@@ -23,7 +23,7 @@ use crate::data::{self, Loaded, Split};
 use crate::error::{Error, Result};
 use crate::losses;
 use crate::network::{Network, Tensors, initial_weights};
-use crate::optimiser::{LrSchedule, AdamW, AdamWConfig, Ema, state};
+use crate::optimiser::{AdamW, AdamWConfig, Ema, LrSchedule, state};
 use crate::progress::{Progress, stop_requested};
 use crate::random::{Purpose, Random};
 use crate::run::{LATEST, Run, images, save_grid};
