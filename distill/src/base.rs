@@ -72,7 +72,7 @@ pub const PRESETS: &[Preset] = &[
         scheduler: description!("ddpm-fashion", "scheduler_config.json"),
         weights: Weights::Bundled(bundled!("ddpm-fashion")),
         classes: &FASHION_CLASSES,
-        recipe: "",
+        recipe: description!("ddpm-fashion", "distill.toml"),
         teacher: description!("ddpm-fashion", "teacher.toml"),
     },
     Preset {
@@ -82,7 +82,7 @@ pub const PRESETS: &[Preset] = &[
         scheduler: description!("ddpm-mnist", "scheduler_config.json"),
         weights: Weights::Elsewhere,
         classes: &["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"],
-        recipe: "",
+        recipe: description!("ddpm-mnist", "distill.toml"),
         teacher: description!("ddpm-mnist", "teacher.toml"),
     },
     Preset {
@@ -92,7 +92,7 @@ pub const PRESETS: &[Preset] = &[
         scheduler: description!("ddpm-celeba", "scheduler_config.json"),
         weights: Weights::Elsewhere,
         classes: &[],
-        recipe: "lr = 5e-4",
+        recipe: description!("ddpm-celeba", "distill.toml"),
         teacher: description!("ddpm-celeba", "teacher.toml"),
     },
     Preset {
@@ -102,7 +102,7 @@ pub const PRESETS: &[Preset] = &[
         scheduler: description!("ddpm-cifar10", "scheduler_config.json"),
         weights: Weights::Hub("google/ddpm-cifar10-32"),
         classes: &[],
-        recipe: "lr = 2e-5\nwarmup = 500\nema = 0.999",
+        recipe: description!("ddpm-cifar10", "distill.toml"),
         teacher: description!("ddpm-cifar10", "teacher.toml"),
     },
 ];

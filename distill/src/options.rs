@@ -137,7 +137,7 @@ pub struct Recipe {
     /// [default: constant]
     #[arg(long, value_enum)]
     pub lr_schedule: Option<LrSchedule>,
-    /// Largest norm of a network's gradient [default: 10]
+    /// Largest norm of a network's gradient; 0 does not limit it [default: 10]
     #[arg(long, value_name = "X")]
     pub clip: Option<f64>,
     /// Updates over which both learning rates grow to their value [default: 50]
@@ -419,7 +419,7 @@ fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
             o.save_every > 0 && o.sample_every > 0 && o.eval_every > 0,
             "`--save-every`, `--sample-every` and `--eval-every` must be at least 1",
         ),
-        (o.clip > 0.0, "`--clip` must be positive"),
+        (o.clip >= 0.0, "`--clip` must not be negative"),
         (o.samples > 0, "`--samples` must be at least 1"),
         (o.fake_updates > 0, "`--fake-updates` must be at least 1"),
         (

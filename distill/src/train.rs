@@ -85,7 +85,7 @@ pub struct DistillOptions {
     pub lr_schedule: LrSchedule,
     /// Updates of warm-up, for both.
     pub warmup: u64,
-    /// Largest norm of a network's gradient.
+    /// Largest norm of a network's gradient; 0 for any.
     pub clip: f64,
     /// Weight of distribution matching; 0 is regression alone.
     pub dm_weight: f64,
