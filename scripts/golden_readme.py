@@ -25,6 +25,11 @@ HOLDS = {
         "the DM, regression and critic losses with all gradients (`once.`, `grad.`), ten AdamW steps (`steps.`, `final.`);"
         " the order of operations is in the script's header",
     ),
+    GOLDEN / "metrics.safetensors": (
+        "golden_metrics.py",
+        "Fréchet distance, unbiased kernel distance, precision, recall, density, coverage of three small sets by numpy and"
+        " scipy; classes, entropy; in the script's header",
+    ),
     GOLDEN / "noise.safetensors": ("golden_noise.py", "noise contract `dmd-noise-1` from plain Python (`docs/noise.md`)"),
     GOLDEN / "one_step.safetensors": ("golden_unet.py", "tiny-class as a one-step generator: t_gen 440, input scale 1"),
     GOLDEN / "ops.safetensors": ("golden_ops.py", "99 single operations: result and gradients; naming in the script's header"),
@@ -48,14 +53,14 @@ HOLDS = {
 
 TEXT = """# Golden data
 
-Reference values by PyTorch and diffusers, computed in f64 from f32 weights and inputs and rounded to f32 (names that end in
+Reference values by PyTorch and diffusers, numpy and scipy, computed in f64 from f32 weights and inputs and rounded to f32 (names that end in
 `.f64` are stored in f64). All random inputs are in the files.
 
 ## Regenerate
 
 ```sh
-python3 -m venv target/golden && target/golden/bin/pip install -r scripts/golden-requirements.txt
-for subject in unet bases schedule losses ops batch_norm noise readme; do target/golden/bin/python scripts/golden_$subject.py; done
+python3 -m venv target/golden && target/golden/bin/pip install -r scripts/golden-metrics-requirements.txt
+for subject in unet bases schedule losses ops batch_norm noise metrics readme; do target/golden/bin/python scripts/golden_$subject.py; done
 ```
 
 The same bytes came out of repeated runs; another processor may change a last bit. Made with
@@ -87,7 +92,7 @@ def main():
     for path, (script, holds) in HOLDS.items():
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         rows.append(f"| `{path.relative_to(ROOT)}` | `{script}` | {holds} | `{digest}` |")
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in PINS)
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in (*PINS, "scipy"))
     (GOLDEN / "README.md").write_text(TEXT.format(rows="\n".join(rows), versions=versions))
 
 

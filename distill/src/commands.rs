@@ -46,7 +46,7 @@ pub fn bases(json: bool) -> Result<()> {
 }
 
 /// Writes a line to standard output; a closed pipe is not an error.
-fn print(line: &str) -> Result<()> {
+pub fn print(line: &str) -> Result<()> {
     use std::io::Write;
     match writeln!(std::io::stdout(), "{line}") {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {

@@ -5,15 +5,21 @@
 
 pub mod base;
 pub mod checkpoint;
+pub mod classifier;
 pub mod commands;
 pub mod cpu;
 pub mod data;
 pub mod device;
 pub mod distillation;
 pub mod error;
+pub mod eval;
 pub mod files;
+pub mod html;
 pub mod hub;
+pub mod judge;
 pub mod losses;
+pub mod metrics;
+pub mod monitor;
 pub mod network;
 pub mod ops;
 pub mod optimiser;

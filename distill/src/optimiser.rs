@@ -32,6 +32,30 @@ impl AdamWConfig {
     }
 }
 
+/// How a learning rate changes over a training, after warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LrSchedule {
+    /// Not at all.
+    Constant,
+    /// To a tenth, along half a cosine.
+    Cosine,
+    /// To nothing, evenly.
+    Linear,
+}
+
+impl LrSchedule {
+    /// Factor on the learning rate at update `step` of `total`.
+    pub fn factor(self, step: u64, total: u64) -> f64 {
+        let done = (step as f64 / total.max(1) as f64).min(1.0);
+        match self {
+            Self::Constant => 1.0,
+            Self::Cosine => 0.55 + 0.45 * (std::f64::consts::PI * done).cos(),
+            Self::Linear => 1.0 - done,
+        }
+    }
+}
+
 /// The optimiser of one network.
 pub struct AdamW {
     /// Settings.

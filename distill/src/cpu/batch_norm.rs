@@ -84,8 +84,7 @@ impl Moments {
         let mean = per_lane(&self.mean);
         let total = sums(
             &gradient,
-            #[inline(always)]
-            |sum, d| add_to(sum, d),
+            add_to,
         );
         let with_x = pair_sums(
             &gradient,

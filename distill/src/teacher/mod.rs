@@ -15,7 +15,7 @@ use dmd_core::net::shapes;
 use dmd_core::schedule::Schedule;
 use serde_json::{Map, Value, json};
 
-use self::options::{LrSchedule, Start, TeacherOptions};
+use self::options::{Start, TeacherOptions};
 use self::order::Order;
 use crate::base::{Preset, preset};
 use crate::checkpoint::{Checkpoint, Source, snapshot};
@@ -23,10 +23,10 @@ use crate::data::{self, Loaded, Split};
 use crate::error::{Error, Result};
 use crate::losses;
 use crate::network::{Network, Tensors, initial_weights};
-use crate::optimiser::{AdamW, AdamWConfig, Ema, state};
+use crate::optimiser::{AdamW, AdamWConfig, Ema, LrSchedule, state};
 use crate::progress::{Progress, stop_requested};
 use crate::random::{Purpose, Random};
-use crate::run::{Run, images, save_grid};
+use crate::run::{LATEST, Run, images, save_grid};
 use crate::sampler::{Request, Sampling, sample};
 
 /// Creates the folder of a new run, which appears complete or not at all; returns its options and images with it.
@@ -79,22 +79,22 @@ pub fn train(run: &Run, options: &TeacherOptions, loaded: &Loaded, device: &Devi
     let summary = shapes::summarise(&config)?;
     let constant: BTreeSet<&String> = summary.frozen.difference(&summary.statistics).collect();
 
-    let resumed = run.load_state()?;
-    let mut step = resumed.as_ref().map_or(0, |(step, _)| *step);
+    let resumed = run.load_state(LATEST)?;
+    let mut step = resumed.as_ref().map_or(0, |state| state.step);
     let weights = match (&resumed, &options.init) {
-        (Some((_, tensors)), _) => part(tensors, "teacher.")?,
+        (Some(state), _) => part(&state.tensors, "teacher.")?,
         (None, Some(_)) => Checkpoint::load(&Source::Folder(run.path("init")))?.tensors,
         (None, None) => initial_weights(&config, options.seed)?,
     };
     let mut network = Network::trainable(&config, &weights, device)?.training_statistics();
     let mut optimiser = AdamW::new(adam(options), network.variables())?;
     let average = match &resumed {
-        Some((_, tensors)) => part(tensors, "ema.")?,
+        Some(state) => part(&state.tensors, "ema.")?,
         None => snapshot(network.parameters())?,
     };
     let mut ema = Ema::new(options.ema, step, average);
-    if let Some((_, tensors)) = &resumed {
-        optimiser.load("optimiser", network.variables(), tensors)?;
+    if let Some(state) = &resumed {
+        optimiser.load("optimiser", network.variables(), &state.tensors)?;
         eprintln!("continuing after step {step}");
     }
     let mut mean_loss = None;
@@ -155,7 +155,7 @@ pub fn train(run: &Run, options: &TeacherOptions, loaded: &Loaded, device: &Devi
                 tensors.insert(format!("ema.{name}"), ema.tensors[name].clone());
             }
             optimiser.save("optimiser", network.variables(), &mut tensors)?;
-            run.save_state(step, &tensors)?;
+            run.save_state(LATEST, step, &tensors, &())?;
         }
         if stop && !last {
             return Err(Error::Interrupted(format!(
@@ -228,19 +228,16 @@ fn smooth(mean: Option<f64>, loss: f64) -> f64 {
     mean.map_or(loss, |mean| 0.98 * mean + 0.02 * loss)
 }
 
-/// Learning rate of an update, as a share of its value after warm-up.
+/// Learning rate of an update, as a share of its value after warm-up; the even fall goes epoch by epoch.
 fn lr_factor(options: &TeacherOptions, step: u64) -> f64 {
     let total = options.train_steps.max(1);
-    match options.lr_schedule {
-        LrSchedule::Constant => 1.0,
-        LrSchedule::Cosine => 0.55 + 0.45 * (std::f64::consts::PI * step as f64 / total as f64).cos(),
-        LrSchedule::Linear => {
-            let (batch, images) = (options.batch as f64, options.images as f64);
-            let epochs = (total as f64 * batch / images).round().max(1.0);
-            let epoch = (step as f64 * batch / images).floor().min(epochs - 1.0);
-            1.0 - epoch / epochs
-        }
+    if options.lr_schedule != LrSchedule::Linear {
+        return options.lr_schedule.factor(step, total);
     }
+    let (batch, images) = (options.batch as f64, options.images as f64);
+    let epochs = (total as f64 * batch / images).round().max(1.0);
+    let epoch = (step as f64 * batch / images).floor().min(epochs - 1.0);
+    options.lr_schedule.factor(epoch as u64, epochs as u64)
 }
 
 /// The tensors whose names start with `prefix`, without it.

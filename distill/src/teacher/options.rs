@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{self, Preset};
@@ -11,6 +11,7 @@ use crate::checkpoint::Checkpoint;
 use crate::data::{NAMES, Source, Split};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::optimiser::LrSchedule;
 
 /// A base training.
 #[derive(Clone, Debug, Args)]
@@ -98,18 +99,6 @@ pub struct TeacherRecipe {
     /// Network evaluations per image of a sample grid
     #[arg(long, value_name = "N")]
     pub sample_steps: Option<usize>,
-}
-
-/// How the learning rate changes after warm-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LrSchedule {
-    /// Not at all.
-    Constant,
-    /// To a tenth along half a cosine.
-    Cosine,
-    /// `1 − epoch/epochs`, constant within an epoch.
-    Linear,
 }
 
 /// Weights to start from.
