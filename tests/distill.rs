@@ -4,14 +4,16 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor, Var};
 use dmd_core::card::GeneratorConfig;
 use dmd_core::compare::Tolerance;
-use dmd_core::net::OneStep;
+use dmd_core::config::ModelConfig;
+use dmd_core::net::{OneStep, denoise};
 use dmd_core::schedule::Schedule;
 use dmd_distill::checkpoint::{Checkpoint, Source};
 use dmd_distill::cpu::{self, CpuOps};
 use dmd_distill::losses::{self, Distance, NoiseLevels};
-use dmd_distill::network::{Network, Tensors};
+use dmd_distill::network::{Network, Tensors, initial_weights};
 use dmd_distill::ops::CandleOps;
 use dmd_distill::optimiser::{AdamW, AdamWConfig};
+use dmd_distill::random::{Purpose, Random};
 use dmd_distill::statistics::BatchStatistics;
 use dmd_tests::operations::Operation;
 use dmd_tests::{Golden, compare, compare_scaled, fixture};
@@ -132,6 +134,45 @@ fn batch_norm_of_a_batch_matches_pytorch() -> Result<()> {
         }
     }
     ensure!(operations.len() > 8, "only {} cases", operations.len());
+    Ok(())
+}
+
+/// The whole MNIST network as it is trained: both engines give the same prediction, gradients and running statistics. The
+/// bias before a BatchNorm has no effect, its gradient is rounding noise.
+#[test]
+fn both_engines_train_the_mnist_network_alike() -> Result<()> {
+    let config = ModelConfig::from_json(r#"{"_class_name":"ContextUnet","n_feat":8,"sample_size":12}"#)?;
+    let weights = initial_weights(&config, 3)?;
+    let mut random = Random::new(4, Purpose::Base, 0);
+    let (x, cotangent) =
+        (random.normal_tensor(&[5, 1, 12, 12], &CPU)?, random.normal_tensor(&[5, 1, 12, 12], &CPU)?);
+    let t = Tensor::new(&[1f32, 40.0, 200.0, 399.0, 400.0], &CPU)?;
+    let class = Tensor::new(&[0u32, 3, 9, 10, 10], &CPU)?;
+    let mut network = Network::trainable(&config, &weights, &CPU)?.training_statistics();
+    let prediction = network.predict(&x, &t, Some(&class))?;
+    let grads = (&prediction * &cotangent)?.mean_all()?.backward()?;
+    network.update_statistics()?;
+
+    let other = Network::trainable(&config, &weights, &CPU)?;
+    let statistics = BatchStatistics::default();
+    let mut ops = CandleOps::new(other.parameters(), &CPU);
+    ops.use_batch_statistics(statistics.clone());
+    let expected = denoise(&mut ops, &config, &x, &t, Some(&class))?;
+    compare("prediction", &flat(&prediction)?, &flat(&expected)?, Tolerance { abs: 1e-4, rel: 1e-4 })?;
+    let expected_grads = (&expected * &cotangent)?.mean_all()?.backward()?;
+    for ((name, var), (_, same)) in network.variables().iter().zip(other.variables()) {
+        let [got, expected] =
+            [grads.get(var), expected_grads.get(same)].map(|grad| grad.context("no gradient"));
+        compare_scaled(name, &flat(got?)?, &flat(expected?)?, 1e-3, 1e-6)?;
+    }
+    let mut running = other.parameters().clone();
+    statistics.apply(&mut running)?;
+    let names: Vec<&String> = running.keys().filter(|name| name.contains(".running_")).collect();
+    ensure!(names.len() == 28, "{names:?}");
+    for name in names {
+        ensure!(flat(&running[name])? != flat(&weights[name])?, "`{name}` did not move");
+        compare_scaled(name, &flat(&network.parameters()[name])?, &flat(&running[name])?, 1e-4, 1e-6)?;
+    }
     Ok(())
 }
 

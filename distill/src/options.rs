@@ -71,7 +71,7 @@ pub enum Command {
         json: bool,
     },
     /// Train a base from data
-    Teacher(TeacherArgs),
+    Teacher(Box<TeacherArgs>),
     /// Pre-compute noise-image pairs of a base
     Pairs(PairsArgs),
     /// Draw a grid of images from a base (many steps) or a generator (one step)

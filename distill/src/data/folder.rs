@@ -128,6 +128,7 @@ impl Files {
         let mut images = Vec::with_capacity(self.count() * shape.iter().product::<usize>());
         let mut unreadable = Vec::new();
         let mut progress = Progress::new("images", 0, self.count() as u64);
+        let where_from = format!("of `{}`", self.folder.display());
         for (i, chunk) in self.pictures.chunks(CHUNK).enumerate() {
             let read: Vec<_> = chunk.par_iter().map(|path| read(path, shape)).collect();
             for (path, result) in chunk.iter().zip(read) {
@@ -136,7 +137,7 @@ impl Files {
                     Err(problem) => unreadable.push(format!("`{}`: {problem}", path.display())),
                 }
             }
-            progress.update((i * CHUNK + chunk.len()) as u64, "");
+            progress.update((i * CHUNK + chunk.len()) as u64, &where_from);
         }
         if unreadable.is_empty() {
             return Ok(Dataset { shape, images, labels: self.labels.clone() });

@@ -13,6 +13,10 @@ use crate::files;
 
 /// Longest content that is read, decompressed.
 const LIMIT: u64 = 1 << 32;
+/// Bytes of a compressed file that surely hold the header.
+const HEAD: u64 = 1 << 12;
+/// How a gzip file begins.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
 
 /// Images and their labels.
 #[derive(Debug)]
@@ -63,12 +67,13 @@ impl Files {
     pub fn count(&self) -> Result<usize> {
         let mut start = Vec::new();
         let file = File::open(&self.images).map_err(Error::file("read", &self.images))?;
-        let compressed = self.images.extension().is_some_and(|e| e == "gz");
-        let read = match compressed {
-            true => GzDecoder::new(file).take(16).read_to_end(&mut start),
-            false => file.take(16).read_to_end(&mut start),
-        };
-        read.map_err(Error::file("read", &self.images))?;
+        file.take(HEAD).read_to_end(&mut start).map_err(Error::file("read", &self.images))?;
+        if start.starts_with(&GZIP) {
+            let mut content = Vec::new();
+            let read = GzDecoder::new(start.as_slice()).take(16).read_to_end(&mut content);
+            read.map_err(Error::file("read", &self.images))?;
+            start = content;
+        }
         Ok(header(&self.images, &start)?.0[0])
     }
 
@@ -124,7 +129,7 @@ fn header<'a>(path: &Path, bytes: &'a [u8]) -> Result<(Vec<usize>, &'a [u8])> {
 
 /// The content of a file that may be compressed.
 pub fn decompress(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
-    if !bytes.starts_with(&[0x1f, 0x8b]) {
+    if !bytes.starts_with(&GZIP) {
         return Ok(bytes);
     }
     let mut out = Vec::new();
