@@ -11,6 +11,11 @@ from golden_common import FIXTURES, GOLDEN, PINS, ROOT
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HOLDS = {
+    GOLDEN / "bases.safetensors": (
+        "golden_bases.py",
+        "the three reference bases at full size: eps_pred; eight small networks with every option: eps_pred and all gradients;"
+        " weights come from seeds",
+    ),
     GOLDEN / "losses.safetensors": (
         "golden_losses.py",
         "the DM, regression and critic losses with all gradients (`once.`, `grad.`), ten AdamW steps (`steps.`, `final.`);"
@@ -18,17 +23,20 @@ HOLDS = {
     ),
     GOLDEN / "noise.safetensors": ("golden_noise.py", "noise contract `dmd-noise-1` from plain Python (`docs/noise.md`)"),
     GOLDEN / "one_step.safetensors": ("golden_unet.py", "tiny-class as a one-step generator: t_gen 440, input scale 1"),
-    GOLDEN / "ops.safetensors": ("golden_ops.py", "71 single operations: result and gradients; naming in the script's header"),
+    GOLDEN / "ops.safetensors": ("golden_ops.py", "99 single operations: result and gradients; naming in the script's header"),
     GOLDEN / "schedule.safetensors": (
         "golden_schedule.py",
-        "betas and alphas_cumprod in f64; ten DDIM steps of tiny-class with every image and network output, plain"
-        " (`ddim.`) and clipped (`ddim_clip.`)",
+        "betas and alphas_cumprod in f64; ten steps of tiny-class with every image and network output, by DDIM (plain, clipped,"
+        " with the output read as velocity or image) and by ancestral sampling (both variances, velocity; with its noise)",
     ),
     GOLDEN / "unet_tiny_class.safetensors": (
         "golden_unet.py",
         "tiny-class: eps_pred at three timesteps, gradient of mean(eps_pred·cotangent) for every parameter and x_t",
     ),
     GOLDEN / "unet_tiny_ddpm.safetensors": ("golden_unet.py", "the same for tiny-ddpm"),
+    FIXTURES / "pickles" / "celeba.pt": ("golden_pickles.py", "small CelebaUNet as a training program saves it"),
+    FIXTURES / "pickles" / "code.pth": ("golden_pickles.py", "a pickle that would run a command"),
+    FIXTURES / "pickles" / "mnist.pth": ("golden_pickles.py", "small ContextUnet as Conditional_Diffusion_MNIST saves it"),
     FIXTURES / "tiny-class" / "config.json": ("golden_unet.py", "the bundled base in small: 12x12x1, 10 classes + none"),
     FIXTURES / "tiny-class" / WEIGHTS: ("golden_unet.py", "random weights, 52,337 numbers"),
     FIXTURES / "tiny-class" / "scheduler_config.json": ("golden_unet.py", "linear, 1000 steps"),
@@ -45,8 +53,8 @@ Reference values by PyTorch and diffusers, computed in f64 from f32 weights and 
 ## Regenerate
 
 ```sh
-python3 -m venv target/golden && target/golden/bin/pip install -r scripts/golden-requirements.txt
-for subject in unet schedule losses ops noise readme; do target/golden/bin/python scripts/golden_$subject.py; done
+scripts/setup pytorch && . scripts/env
+for subject in unet bases schedule losses ops noise pickles readme; do "$DMD_PYTORCH" scripts/golden_$subject.py; done
 ```
 
 The same bytes came out of repeated runs; another processor may change a last bit. Made with
@@ -70,7 +78,7 @@ The same bytes came out of repeated runs; another processor may change a last bi
 
 def main():
     """Writes the page; stops where a file is missing or not described."""
-    folders = (GOLDEN, FIXTURES / "tiny-class", FIXTURES / "tiny-ddpm")
+    folders = (GOLDEN, FIXTURES / "pickles", FIXTURES / "tiny-class", FIXTURES / "tiny-ddpm")
     present = {path for folder in folders for path in folder.iterdir() if path.name != "README.md"}
     if present != set(HOLDS):
         sys.exit(f"error: files and descriptions differ: {sorted(map(str, present ^ set(HOLDS)))}")

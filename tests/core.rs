@@ -206,7 +206,8 @@ fn the_golden_readme_lists_every_file_with_its_hash() -> Result<()> {
         ensure!(root.join("scripts").join(script).is_file(), "`{path}` names `{script}`, which is missing");
         listed.push(root.join(path));
     }
-    for folder in [root.join("tests/golden"), fixture("tiny-ddpm"), fixture("tiny-class")] {
+    let fixtures = ["pickles", "tiny-class", "tiny-ddpm"].map(fixture);
+    for folder in fixtures.into_iter().chain([root.join("tests/golden")]) {
         for entry in std::fs::read_dir(&folder)? {
             let path = entry?.path();
             ensure!(
