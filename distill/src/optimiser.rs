@@ -133,7 +133,8 @@ impl Ema {
         self.updates += 1;
         for (name, var) in variables {
             if let Some(average) = self.tensors.get_mut(name) {
-                *average = ((&*average * decay)? + (var.as_tensor().detach() * (1.0 - decay))?)?;
+                let before = average.to_device(var.device())?; // read from a file, it is in the CPU's memory
+                *average = ((before * decay)? + (var.as_tensor().detach() * (1.0 - decay))?)?;
             }
         }
         Ok(())
