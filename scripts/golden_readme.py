@@ -10,16 +10,27 @@ from importlib import metadata
 from golden_common import FIXTURES, GOLDEN, PINS, ROOT
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CIFAR = FIXTURES / "cifar-10-batches-py"
+FOLDERS = [GOLDEN, CIFAR, CIFAR / "code", *(FIXTURES / name for name in ("pickles", "tiny-class", "tiny-ddpm"))]
 HOLDS = {
     GOLDEN / "bases.safetensors": (
         "golden_bases.py",
-        "the three reference bases at full size: eps_pred; eight small networks with every option: eps_pred and all gradients;"
-        " weights come from seeds",
+        "the three reference bases at full size: eps_pred; eight small networks with every option: eps_pred and all gradients; weights"
+        " come from seeds",
+    ),
+    GOLDEN / "batch_norm.safetensors": (
+        "golden_batch_norm.py",
+        "BatchNorm by the statistics of its batch, 9 cases: result, gradients, running statistics after",
     ),
     GOLDEN / "losses.safetensors": (
         "golden_losses.py",
         "the DM, regression and critic losses with all gradients (`once.`, `grad.`), ten AdamW steps (`steps.`, `final.`);"
         " the order of operations is in the script's header",
+    ),
+    GOLDEN / "metrics.safetensors": (
+        "golden_metrics.py",
+        "Fréchet distance, unbiased kernel distance, precision, recall, density, coverage of three small sets by numpy and"
+        " scipy; classes, entropy; in the script's header",
     ),
     GOLDEN / "noise.safetensors": ("golden_noise.py", "noise contract `dmd-noise-1` from plain Python (`docs/noise.md`)"),
     GOLDEN / "one_step.safetensors": ("golden_unet.py", "tiny-class as a one-step generator: t_gen 440, input scale 1"),
@@ -34,6 +45,11 @@ HOLDS = {
         "tiny-class: eps_pred at three timesteps, gradient of mean(eps_pred·cotangent) for every parameter and x_t",
     ),
     GOLDEN / "unet_tiny_ddpm.safetensors": ("golden_unet.py", "the same for tiny-ddpm"),
+    CIFAR / "code" / "data_batch_1": ("golden_cifar.py", "a pickle that would run a command"),
+    **{
+        CIFAR / name: ("golden_cifar.py", "CIFAR-10's Python version, one or two images per file")
+        for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+    },
     FIXTURES / "pickles" / "celeba.pt": ("golden_pickles.py", "small CelebaUNet as a training program saves it"),
     FIXTURES / "pickles" / "code.pth": ("golden_pickles.py", "a pickle that would run a command"),
     FIXTURES / "pickles" / "mnist.pth": ("golden_pickles.py", "small ContextUnet as Conditional_Diffusion_MNIST saves it"),
@@ -47,14 +63,16 @@ HOLDS = {
 
 TEXT = """# Golden data
 
-Reference values by PyTorch and diffusers, computed in f64 from f32 weights and inputs and rounded to f32 (names that end in
+Reference values by PyTorch and diffusers, numpy and scipy, computed in f64 from f32 weights and inputs and rounded to f32 (names that end in
 `.f64` are stored in f64). All random inputs are in the files.
 
 ## Regenerate
 
 ```sh
-scripts/setup pytorch && . scripts/env
-for subject in unet bases schedule losses ops noise pickles readme; do "$DMD_PYTORCH" scripts/golden_$subject.py; done
+scripts/setup pytorch && . scripts/env && "$DMD_PYTORCH" -m pip install -r scripts/golden-metrics-requirements.txt
+for subject in unet bases schedule losses ops batch_norm noise metrics pickles cifar readme; do
+    "$DMD_PYTORCH" scripts/golden_$subject.py
+done
 ```
 
 The same bytes came out of repeated runs; another processor may change a last bit. Made with
@@ -78,15 +96,15 @@ The same bytes came out of repeated runs; another processor may change a last bi
 
 def main():
     """Writes the page; stops where a file is missing or not described."""
-    folders = (GOLDEN, FIXTURES / "pickles", FIXTURES / "tiny-class", FIXTURES / "tiny-ddpm")
-    present = {path for folder in folders for path in folder.iterdir() if path.name != "README.md"}
+    paths = (path for folder in FOLDERS for path in folder.iterdir())
+    present = {path for path in paths if path.is_file() and path.name != "README.md"}
     if present != set(HOLDS):
         sys.exit(f"error: files and descriptions differ: {sorted(map(str, present ^ set(HOLDS)))}")
     rows = []
     for path, (script, holds) in HOLDS.items():
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         rows.append(f"| `{path.relative_to(ROOT)}` | `{script}` | {holds} | `{digest}` |")
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in PINS)
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in (*PINS, "scipy"))
     (GOLDEN / "README.md").write_text(TEXT.format(rows="\n".join(rows), versions=versions))
 
 

@@ -244,12 +244,13 @@ fn the_golden_readme_lists_every_file_with_its_hash() -> Result<()> {
         ensure!(root.join("scripts").join(script).is_file(), "`{path}` names `{script}`, which is missing");
         listed.push(root.join(path));
     }
-    let fixtures = ["pickles", "tiny-class", "tiny-ddpm"].map(fixture);
+    let fixtures = ["cifar-10-batches-py", "cifar-10-batches-py/code", "pickles", "tiny-class", "tiny-ddpm"]
+        .map(fixture);
     for folder in fixtures.into_iter().chain([root.join("tests/golden")]) {
         for entry in std::fs::read_dir(&folder)? {
             let path = entry?.path();
             ensure!(
-                listed.contains(&path) || path.ends_with("README.md"),
+                listed.contains(&path) || path.is_dir() || path.ends_with("README.md"),
                 "`{}` is not listed in tests/golden/README.md",
                 path.display()
             );

@@ -14,6 +14,7 @@ use dmd_distill::draws::{CriticDraws, GeneratorDraws, Input, Noise, PairBatch};
 use dmd_distill::network::{Engine, Network, Tensors};
 use dmd_distill::ops::CandleOps;
 use dmd_distill::options::Recipe;
+use dmd_distill::statistics::BatchStatistics;
 use dmd_distill::train::DistillOptions;
 use dmd_tests::operations::Operation;
 use dmd_tests::{Golden, compare, compare_gradient, compare_scaled, fixture};
@@ -150,7 +151,7 @@ fn operations_match_pytorch() -> Result<()> {
     for operation in &operations {
         for engine in ENGINES {
             for layout in [Layout::Contiguous, Layout::Transposed, Layout::Narrowed] {
-                run_case(&golden, operation, engine, layout)
+                run_with(&golden, operation, engine, layout, None)
                     .with_context(|| format!("{} by {engine:?}, {layout:?}", operation.case))?;
             }
         }
@@ -159,7 +160,41 @@ fn operations_match_pytorch() -> Result<()> {
     Ok(())
 }
 
-fn run_case(golden: &Golden, operation: &Operation, engine: Engine, layout: Layout) -> Result<()> {
+/// Every case of `scripts/golden_batch_norm.py` on both engines: BatchNorm by the statistics of its batch, with the running statistics
+/// that follow.
+#[test]
+fn batch_norm_of_a_batch_matches_pytorch() -> Result<()> {
+    let golden = Golden::load("batch_norm")?;
+    let operations = Operation::all(&golden)?;
+    for operation in &operations {
+        for engine in ENGINES {
+            let statistics = BatchStatistics::default();
+            run_with(&golden, operation, engine, Layout::Contiguous, Some(&statistics))
+                .with_context(|| format!("{} by {engine:?}", operation.case))?;
+            let case = &operation.case;
+            let names = ["running_mean", "running_var"];
+            let read =
+                |name: &str| Ok((format!("layer.{name}"), floats(&golden, &format!("{case}.{name}"))?));
+            let mut running: Tensors = names.iter().map(|name| read(name)).collect::<Result<_>>()?;
+            statistics.apply(&mut running)?;
+            for name in names {
+                let expected = golden.f32(&format!("{case}.after.{name}"))?;
+                let got = flat(&running[&format!("layer.{name}")])?;
+                compare_scaled(&format!("{case}, {name} by {engine:?}"), &got, &expected, 1e-5, 0.0)?;
+            }
+        }
+    }
+    ensure!(operations.len() > 8, "only {} cases", operations.len());
+    Ok(())
+}
+
+fn run_with(
+    golden: &Golden,
+    operation: &Operation,
+    engine: Engine,
+    layout: Layout,
+    statistics: Option<&BatchStatistics>,
+) -> Result<()> {
     let case = &operation.case;
     let read = |name: &&'static str, layout: Layout| -> Result<(&'static str, Var)> {
         Ok((*name, layout.var(&floats(golden, &format!("{case}.{name}"))?)?))
@@ -174,15 +209,22 @@ fn run_case(golden: &Golden, operation: &Operation, engine: Engine, layout: Layo
     let shape = golden.shape(&format!("{case}.y"))?;
     let y = if engine == Engine::Kernels {
         let images: Vec<Tensor> = tensors.iter().map(as_images).collect::<Result<_>>()?;
-        let operation = operation.clone();
+        let (operation, statistics) = (operation.clone(), statistics.cloned());
         let run = move |ops: &mut CpuOps, inputs: &[cpu::Value]| {
+            if let Some(statistics) = statistics {
+                ops.use_batch_statistics(statistics);
+            }
             let numbers = ops.numbers(&operation.numbers);
             operation.run(ops, inputs, &numbers)
         };
         cpu::apply(&images, &parameters, run)?.reshape(shape)?
     } else {
         let numbers = Tensor::new(operation.numbers.as_slice(), &CPU)?;
-        operation.run(&mut CandleOps::new(&parameters, &CPU), &tensors, &numbers)?
+        let mut ops = CandleOps::new(&parameters, &CPU);
+        if let Some(statistics) = statistics {
+            ops.use_batch_statistics(statistics.clone());
+        }
+        operation.run(&mut ops, &tensors, &numbers)?
     };
     let bound = if operation.name() == "timestep_embedding" { ANGLES_IN_F32 } else { 1e-5 };
     compare_scaled(case, &flat(&y)?, &golden.f32(&format!("{case}.y"))?, bound, 0.0)?;

@@ -15,6 +15,7 @@ use crate::data::FASHION_CLASSES;
 use crate::error::{Error, Result};
 use crate::network::initial_weights;
 use crate::options::Recipe;
+use crate::teacher::options::TeacherRecipe;
 use crate::weights::{self, Found};
 use crate::{files, hub};
 
@@ -29,6 +30,7 @@ pub struct Preset {
     weights: Weights,
     classes: &'static [&'static str],
     recipe: &'static str,
+    teacher: &'static str,
 }
 
 /// Where a preset's weights are.
@@ -71,6 +73,7 @@ pub const PRESETS: &[Preset] = &[
         weights: Weights::Bundled(bundled!("ddpm-fashion")),
         classes: &FASHION_CLASSES,
         recipe: "",
+        teacher: description!("ddpm-fashion", "teacher.toml"),
     },
     Preset {
         name: "ddpm-mnist",
@@ -80,6 +83,7 @@ pub const PRESETS: &[Preset] = &[
         weights: Weights::Elsewhere,
         classes: &["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"],
         recipe: "",
+        teacher: description!("ddpm-mnist", "teacher.toml"),
     },
     Preset {
         name: "ddpm-celeba",
@@ -89,6 +93,7 @@ pub const PRESETS: &[Preset] = &[
         weights: Weights::Elsewhere,
         classes: &[],
         recipe: "lr = 5e-4",
+        teacher: description!("ddpm-celeba", "teacher.toml"),
     },
     Preset {
         name: "ddpm-cifar10",
@@ -98,6 +103,7 @@ pub const PRESETS: &[Preset] = &[
         weights: Weights::Hub("google/ddpm-cifar10-32"),
         classes: &[],
         recipe: "lr = 2e-5\nwarmup = 500\nema = 0.999",
+        teacher: description!("ddpm-cifar10", "teacher.toml"),
     },
 ];
 
@@ -115,6 +121,11 @@ impl Preset {
     /// Options that suit this base better than the general ones.
     pub fn recipe(&self) -> Result<Recipe> {
         toml::from_str(self.recipe).map_err(|e| Error::content(Path::new(self.name), e))
+    }
+
+    /// How this base is trained from data.
+    pub fn teacher_recipe(&self) -> Result<TeacherRecipe> {
+        toml::from_str(self.teacher).map_err(|e| Error::content(Path::new(self.name), e))
     }
 
     /// The card of a base that is about to be trained: the classes of the preset's data set.

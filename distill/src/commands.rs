@@ -12,11 +12,12 @@ use crate::base::{self, PRESETS};
 use crate::checkpoint::{Checkpoint, Source};
 use crate::error::{Error, Result};
 use crate::network::{Guidance, Network};
-use crate::options::{DistillArgs, PairsArgs, Recipe, SampleArgs, TeacherArgs};
+use crate::options::{DistillArgs, PairsArgs, Recipe, SampleArgs};
 use crate::pairs::{self, PairsOptions};
 use crate::run::{Run, images, save_grid};
 use crate::sampler::{self, Request, Sampling, one_step};
-use crate::teacher::{self, TeacherOptions};
+use crate::teacher;
+use crate::teacher::options::{TeacherArgs, TeacherOptions};
 use crate::train::{self, DistillOptions};
 use crate::{device, progress};
 
@@ -45,7 +46,7 @@ pub fn bases(json: bool) -> Result<()> {
 }
 
 /// Writes a line to standard output; a closed pipe is not an error.
-fn print(line: &str) -> Result<()> {
+pub fn print(line: &str) -> Result<()> {
     use std::io::Write;
     match writeln!(std::io::stdout(), "{line}") {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
@@ -167,22 +168,29 @@ fn duration(seconds: f64) -> String {
 /// `dmd-distill teacher`.
 pub fn teacher(args: &TeacherArgs) -> Result<()> {
     let target = device::parse(&args.device)?;
-    let (run, options) = match &args.resume {
+    let (run, options, loaded) = match &args.resume {
         Some(folder) => {
+            let steps = args.resumed_steps()?;
             let run = Run::open(folder)?;
-            let options: TeacherOptions = run.options()?;
-            (run, options)
+            let mut options: TeacherOptions = run.options()?;
+            let loaded = teacher::reload(&options)?;
+            if let Some(steps) = steps.filter(|steps| *steps != options.train_steps) {
+                options.train_steps = steps;
+                run.save_options(&options)?;
+            }
+            (run, options, loaded)
         }
         None => {
-            let options = args.resolve();
-            teacher::validate(&options)?;
-            let name = format!("teacher-{}", options.base);
-            (Run::create(args.out.as_deref(), &name, &options, |_| Ok(()))?, options)
+            let start = args.resolve()?;
+            if args.dry_run {
+                return print(&format!("{:#}", serde_json::json!(start.options)));
+            }
+            teacher::begin(start, args.out.as_deref())?
         }
     };
     progress::handle_interrupts();
     eprintln!("run {}, on {}", run.folder.display(), device::name(&target));
-    let folder = teacher::train(&run, &options, &target)?;
+    let folder = teacher::train(&run, &options, &loaded, &target)?;
     eprintln!("base: {}\nnext: dmd-distill --base {}", folder.display(), folder.display());
     Ok(())
 }

@@ -93,10 +93,9 @@ impl<'a> Distillation<'a> {
         };
         let generator = Network::trainable(&base.config, &first, device)?;
         let fake = Network::trainable(&base.config, &critic, device)?;
-        let mut generator_optimiser =
-            AdamW::new(AdamWConfig::new(options.lr, options.warmup), generator.variables())?;
-        let mut fake_optimiser =
-            AdamW::new(AdamWConfig::new(options.lr_fake, options.warmup), fake.variables())?;
+        let adam = |lr: f64| AdamWConfig { clip: options.clip, ..AdamWConfig::new(lr, options.warmup) };
+        let mut generator_optimiser = AdamW::new(adam(options.lr), generator.variables())?;
+        let mut fake_optimiser = AdamW::new(adam(options.lr_fake), fake.variables())?;
         if let Some(tensors) = saved {
             generator_optimiser.load("generator_optimiser", generator.variables(), tensors)?;
             fake_optimiser.load("fake_optimiser", fake.variables(), tensors)?;
@@ -144,6 +143,12 @@ impl<'a> Distillation<'a> {
             self.update_critic(&self.dice.critic(step, k, material)?, &mut update)?;
         }
         Ok(update)
+    }
+
+    /// Sets both learning rates to this share of the options'.
+    pub fn set_rate(&mut self, factor: f64) {
+        self.generator_optimiser.config.lr = self.options.lr * factor;
+        self.fake_optimiser.config.lr = self.options.lr_fake * factor;
     }
 
     /// Algorithm 1, lines 5 to 13.

@@ -29,5 +29,7 @@ fn run(cli: Cli) -> Result<()> {
         Some(Command::Teacher(args)) => commands::teacher(&args),
         Some(Command::Pairs(args)) => commands::pairs(&args),
         Some(Command::Sample(args)) => commands::sample(&args),
+        Some(Command::Classifier(args)) => dmd_distill::classifier::run(&args),
+        Some(Command::Eval(args)) => dmd_distill::eval::run(&args),
     }
 }

@@ -11,6 +11,7 @@ use crate::cpu;
 use crate::error::{Error, Result};
 use crate::ops::CandleOps;
 use crate::random::{Purpose, Random};
+use crate::statistics::BatchStatistics;
 
 /// Tensors by checkpoint name.
 pub type Tensors = BTreeMap<String, Tensor>;
@@ -42,6 +43,8 @@ pub struct Network {
     device: Device,
     /// What predictions are computed in.
     dtype: DType,
+    /// Present while BatchNorm normalises by its own batch.
+    statistics: Option<BatchStatistics>,
 }
 
 /// Classifier-free guidance of a base that was trained with dropped labels.
@@ -82,7 +85,7 @@ impl Network {
 
     fn new(config: ModelConfig, parameters: Tensors, variables: Vec<(String, Var)>, device: &Device) -> Self {
         let (engine, device) = (Engine::of(device), device.clone());
-        Self { config, engine, parameters, variables, device, dtype: DType::F32 }
+        Self { config, engine, parameters, variables, device, dtype: DType::F32, statistics: None }
     }
 
     /// A copy of the weights as variables, in the order of their names; what training never changes stays as it is.
@@ -99,6 +102,20 @@ impl Network {
             variables.push((name.clone(), var));
         }
         Ok(Self::new(config.clone(), parameters, variables, device))
+    }
+
+    /// While a base is trained, BatchNorm normalises by the statistics of its own batch, and [`Self::update_statistics`] moves the
+    /// running ones. Without this, as in distillation and sampling, they are fixed: one function for training and use.
+    pub fn training_statistics(self) -> Self {
+        Self { statistics: Some(BatchStatistics::default()), ..self }
+    }
+
+    /// Moves the running statistics a tenth of the way to those of the last prediction, as PyTorch does.
+    pub fn update_statistics(&mut self) -> Result<()> {
+        if let Some(statistics) = &self.statistics {
+            statistics.apply(&mut self.parameters)?;
+        }
+        Ok(())
     }
 
     /// The same weights, following every later update, without gradients: nothing is kept for a backward pass.
@@ -123,12 +140,18 @@ impl Network {
     pub fn predict(&self, x_t: &Tensor, t: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
         if self.engine == Engine::Compositions {
             let mut ops = CandleOps::new(&self.parameters, &self.device).in_type(self.dtype);
+            if let Some(statistics) = &self.statistics {
+                ops.use_batch_statistics(statistics.clone());
+            }
             let prediction = denoise(&mut ops, &self.config, &x_t.to_dtype(self.dtype)?, t, class)?;
             return Ok(prediction.to_dtype(DType::F32)?);
         }
         let (config, class) = (self.config.clone(), numbers(class)?);
-        let t = t.to_vec1::<f32>()?;
+        let (t, statistics) = (t.to_vec1::<f32>()?, self.statistics.clone());
         Ok(cpu::apply(std::slice::from_ref(x_t), &self.parameters, move |ops, x| {
+            if let Some(statistics) = statistics {
+                ops.use_batch_statistics(statistics);
+            }
             let (t, class) = (ops.numbers(&t), class.map(|class| ops.numbers(&class)));
             denoise(ops, &config, &x[0], &t, class.as_ref())
         })?)

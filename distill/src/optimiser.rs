@@ -32,6 +32,30 @@ impl AdamWConfig {
     }
 }
 
+/// How a learning rate changes over a training, after warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LrSchedule {
+    /// Not at all.
+    Constant,
+    /// To a tenth, along half a cosine.
+    Cosine,
+    /// To nothing, evenly.
+    Linear,
+}
+
+impl LrSchedule {
+    /// Factor on the learning rate at update `step` of `total`.
+    pub fn factor(self, step: u64, total: u64) -> f64 {
+        let done = (step as f64 / total.max(1) as f64).min(1.0);
+        match self {
+            Self::Constant => 1.0,
+            Self::Cosine => 0.55 + 0.45 * (std::f64::consts::PI * done).cos(),
+            Self::Linear => 1.0 - done,
+        }
+    }
+}
+
 /// The optimiser of one network.
 pub struct AdamW {
     /// Settings.
@@ -128,13 +152,18 @@ impl Ema {
 
     /// Moves towards the variables.
     pub fn update(&mut self, variables: &[(String, Var)]) -> Result<()> {
+        self.update_to(variables.iter().map(|(name, var)| (name, var.as_tensor())))
+    }
+
+    /// Moves towards tensors by name, variables or running statistics.
+    pub fn update_to<'a>(&mut self, tensors: impl Iterator<Item = (&'a String, &'a Tensor)>) -> Result<()> {
         let n = self.updates as f64;
         let decay = self.decay.min((1.0 + n) / (10.0 + n));
         self.updates += 1;
-        for (name, var) in variables {
+        for (name, tensor) in tensors {
             if let Some(average) = self.tensors.get_mut(name) {
-                let before = average.to_device(var.device())?; // read from a file, it is in the CPU's memory
-                *average = ((before * decay)? + (var.as_tensor().detach() * (1.0 - decay))?)?;
+                let before = average.to_device(tensor.device())?; // read from a file, it is in the CPU's memory
+                *average = ((before * decay)? + (tensor.detach() * (1.0 - decay))?)?;
             }
         }
         Ok(())

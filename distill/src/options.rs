@@ -8,14 +8,18 @@ use dmd_core::sampler::Sampler;
 use dmd_core::schedule::Schedule;
 use serde::Deserialize;
 
+use crate::base;
 use crate::checkpoint::Checkpoint;
+use crate::classifier::ClassifierArgs;
 use crate::error::{Error, Result};
+use crate::eval::EvalArgs;
 use crate::files;
 use crate::losses::Distance;
 use crate::network::Guidance;
+use crate::optimiser::LrSchedule;
 use crate::pairs::PairsOptions;
-use crate::teacher::TeacherOptions;
-use crate::train::{DistillOptions, Method};
+use crate::teacher::options::TeacherArgs;
+use crate::train::{DistillOptions, Keep, Method};
 
 fn sampler() -> impl TypedValueParser<Value = Sampler> {
     PossibleValuesParser::new(Sampler::NAMES).try_map(|name| name.parse::<Sampler>())
@@ -72,6 +76,10 @@ pub enum Command {
     Pairs(PairsArgs),
     /// Draw a grid of images from a base (many steps) or a generator (one step)
     Sample(SampleArgs),
+    /// Train the small classifier whose features the metrics compare
+    Classifier(ClassifierArgs),
+    /// Measure how far a generator's images are from real ones, beside its teacher's
+    Eval(EvalArgs),
 }
 
 /// A distillation.
@@ -110,9 +118,9 @@ pub struct Recipe {
     /// discriminator of real images, no pairs) [default: dmd]
     #[arg(long, value_enum)]
     pub method: Option<Method>,
-    /// Real images for the discriminator: a folder with the data set's files [default: searched as for `teacher`]
-    #[arg(long, value_name = "DIR")]
-    pub data: Option<PathBuf>,
+    /// Real images for the discriminator: `fashion-mnist`, or a folder as `teacher --data` takes it [default: the preset's]
+    #[arg(long, value_name = "NAME|DIR")]
+    pub data: Option<String>,
     /// Generator updates [default: 2000]
     #[arg(long, value_name = "N")]
     pub train_steps: Option<u64>,
@@ -125,6 +133,13 @@ pub struct Recipe {
     /// Learning rate of the critic [default: that of the generator]
     #[arg(long, value_name = "X")]
     pub lr_fake: Option<f64>,
+    /// How both learning rates change over the updates: constant, cosine (to a tenth) or linear (to nothing)
+    /// [default: constant]
+    #[arg(long, value_enum)]
+    pub lr_schedule: Option<LrSchedule>,
+    /// Largest norm of a network's gradient [default: 10]
+    #[arg(long, value_name = "X")]
+    pub clip: Option<f64>,
     /// Updates over which both learning rates grow to their value [default: 50]
     #[arg(long, value_name = "N")]
     pub warmup: Option<u64>,
@@ -186,53 +201,22 @@ pub struct Recipe {
     /// Updates between saved states [default: 50]
     #[arg(long, value_name = "N")]
     pub save_every: Option<u64>,
+    /// Updates between judgements of samples: brightness, contrast, diversity and, where the program has a classifier of the
+    /// data, the kernel distance to real images [default: 50]
+    #[arg(long, value_name = "N")]
+    pub eval_every: Option<u64>,
+    /// Images of a judgement; 0 judges without the metric [default: 1000]
+    #[arg(long, value_name = "N")]
+    pub eval_count: Option<usize>,
+    /// Which weights become the result: best (by the metric, where there is one) or last [default: best]
+    #[arg(long, value_enum)]
+    pub keep: Option<Keep>,
     /// Updates between sample grids [default: 100]
     #[arg(long, value_name = "N")]
     pub sample_every: Option<u64>,
     /// Images of a sample grid; the comparison with the teacher's 50 steps has at most 20 [default: 40]
     #[arg(long, value_name = "N")]
     pub samples: Option<usize>,
-}
-
-/// A base training.
-#[derive(Clone, Debug, Args)]
-pub struct TeacherArgs {
-    /// Preset to train
-    #[arg(long, value_name = "NAME", required_unless_present = "resume")]
-    pub base: Option<String>,
-    /// Folder with the data set's files [default: Debian's package, else the cache, else a download]
-    #[arg(long, value_name = "DIR")]
-    pub data: Option<PathBuf>,
-    /// Continue the run in this folder
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["base", "data", "out"])]
-    pub resume: Option<PathBuf>,
-    /// Run folder to create [default: the next free runs/teacher-BASE-NNN]
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-    /// Updates
-    #[arg(long, value_name = "N", default_value_t = 20_000)]
-    pub train_steps: u64,
-    /// Images per update
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    pub batch: usize,
-    /// Learning rate after warm-up
-    #[arg(long, value_name = "X", default_value_t = 1e-3)]
-    pub lr: f64,
-    /// Decay of the weights' moving average
-    #[arg(long, value_name = "X", default_value_t = 0.999)]
-    pub ema: f64,
-    /// Seed of everything random
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub seed: u32,
-    /// Updates between saved states
-    #[arg(long, value_name = "N", default_value_t = 200)]
-    pub save_every: u64,
-    /// Updates between sample grids
-    #[arg(long, value_name = "N", default_value_t = 1000)]
-    pub sample_every: u64,
-    /// Where to compute
-    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
-    pub device: String,
 }
 
 /// A pre-computation of pairs.
@@ -330,6 +314,11 @@ impl Recipe {
             lr: self.lr.or(other.lr),
             lr_fake: self.lr_fake.or(other.lr_fake),
             warmup: self.warmup.or(other.warmup),
+            lr_schedule: self.lr_schedule.or(other.lr_schedule),
+            clip: self.clip.or(other.clip),
+            eval_every: self.eval_every.or(other.eval_every),
+            eval_count: self.eval_count.or(other.eval_count),
+            keep: self.keep.or(other.keep),
             pairs: self.pairs.or(other.pairs),
             pair_steps: self.pair_steps.or(other.pair_steps),
             pair_sampler: self.pair_sampler.or(other.pair_sampler),
@@ -370,7 +359,10 @@ impl Recipe {
             base: name.to_owned(),
             base_sha256: base.sha256.clone(),
             method,
-            data: self.data,
+            data: match self.data {
+                Some(data) => Some(data),
+                None => base::find(name).map(base::Preset::teacher_recipe).transpose()?.and_then(|r| r.data),
+            },
             dm_weight: self.dm_weight.unwrap_or(1.0),
             dm_alpha_factor: self.dm_alpha_factor.unwrap_or(false),
             t_min: self.t_min.unwrap_or(0.02),
@@ -388,6 +380,11 @@ impl Recipe {
             lr,
             lr_fake: self.lr_fake.unwrap_or(lr),
             warmup: self.warmup.unwrap_or(50),
+            lr_schedule: self.lr_schedule.unwrap_or(LrSchedule::Constant),
+            clip: self.clip.unwrap_or(10.0),
+            eval_every: self.eval_every.unwrap_or(50),
+            eval_count: self.eval_count.unwrap_or(1000),
+            keep: self.keep.unwrap_or(Keep::Best),
             lambda_reg,
             t_gen: t_gen(self.t_gen.as_deref().unwrap_or("auto"), &schedule)?,
             input_scale: self.input_scale.unwrap_or(1.0),
@@ -418,7 +415,11 @@ fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
     let total = schedule.num_train_timesteps();
     let rules = [
         (o.train_steps > 0 && o.batch > 0, "`--train-steps` and `--batch` must be at least 1"),
-        (o.save_every > 0 && o.sample_every > 0, "`--save-every` and `--sample-every` must be at least 1"),
+        (
+            o.save_every > 0 && o.sample_every > 0 && o.eval_every > 0,
+            "`--save-every`, `--sample-every` and `--eval-every` must be at least 1",
+        ),
+        (o.clip > 0.0, "`--clip` must be positive"),
         (o.samples > 0, "`--samples` must be at least 1"),
         (o.fake_updates > 0, "`--fake-updates` must be at least 1"),
         (
@@ -431,6 +432,10 @@ fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
                 .iter()
                 .all(|weight| *weight >= 0.0 && weight.is_finite()),
             "weights of losses must not be negative",
+        ),
+        (
+            o.gan_weight == 0.0 || o.data.is_some(),
+            "the adversarial loss needs real images\n\nhint: `--data NAME|DIR`, or `--gan-weight 0`",
         ),
         (
             o.lambda_reg > 0.0 || o.dm_weight > 0.0 || o.gan_weight > 0.0,
@@ -450,25 +455,5 @@ fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
     match rules.into_iter().find(|(holds, _)| !holds) {
         Some((_, rule)) => Err(Error::Request(rule.to_owned())),
         None => Ok(()),
-    }
-}
-
-impl TeacherArgs {
-    /// Resolved options of a new base training.
-    pub fn resolve(&self) -> TeacherOptions {
-        TeacherOptions {
-            command: "teacher".to_owned(),
-            base: self.base.clone().unwrap_or_default(),
-            data: self.data.clone(),
-            train_steps: self.train_steps,
-            batch: self.batch,
-            lr: self.lr,
-            warmup: 100,
-            ema: self.ema,
-            drop_label: 0.1,
-            seed: self.seed,
-            save_every: self.save_every,
-            sample_every: self.sample_every,
-        }
     }
 }

@@ -21,11 +21,15 @@ pub enum Purpose {
     /// Critic updates.
     Critic = 5,
     /// Initial weights of the discriminator's head.
-    Discriminator = 6,
+    Discriminator = 8,
     /// The generator's side of the adversarial loss.
-    Adversarial = 7,
+    Adversarial = 9,
     /// The discriminator's side of it: real images, steps, noise.
-    Real = 8,
+    Real = 10,
+    /// Which real images a metric looks at, and its subsets.
+    Metrics = 6,
+    /// Shifts of the images a classifier is trained on.
+    Augmentation = 7,
 }
 
 /// A stream of random numbers.

@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::network::Network;
-use crate::run::{enlarge, images, save_image};
+use crate::run::{Run, enlarge, images, save_image};
 use crate::sampler::{Request, Sampling, one_step, sample};
 
 /// Network evaluations of the teacher in a comparison.
@@ -24,39 +24,89 @@ const COLUMNS: usize = 10;
 /// Height of a title in pixels.
 const TITLE: usize = 34;
 
-/// The three losses over the generator updates, smoothed, as PNG.
-pub fn plot_losses(path: &Path, stats: &[Value]) -> Result<()> {
+/// A curve of a plot: label, key of the statistics, colour, whether it is smoothed.
+type Curve = (&'static str, &'static str, RGBColor, bool);
+
+const BLUE: RGBColor = RGBColor(31, 119, 180);
+const GREEN: RGBColor = RGBColor(44, 160, 44);
+const RED: RGBColor = RGBColor(214, 39, 40);
+const ORANGE: RGBColor = RGBColor(255, 127, 14);
+const PURPLE: RGBColor = RGBColor(148, 103, 189);
+
+/// Plots of a run: file, label of the vertical axis, curves.
+const PLOTS: [(&str, &str, &[Curve]); 3] = [
+    (
+        "losses.png",
+        "loss",
+        &[
+            ("distribution matching", "dm", BLUE, true),
+            ("regression", "reg", GREEN, true),
+            ("critic", "fake", RED, true),
+            ("adversarial", "adversarial", ORANGE, true),
+            ("discriminator", "discrimination", PURPLE, true),
+        ],
+    ),
+    ("metric.png", "kernel distance", &[("kernel distance to real images", "kid", BLUE, false)]),
+    (
+        "look.png",
+        "share of the image range",
+        &[
+            ("diversity", "diversity", BLUE, false),
+            ("contrast", "contrast", GREEN, false),
+            ("brightness", "brightness", ORANGE, false),
+        ],
+    ),
+];
+
+/// What the statistics of a run show over its updates, as PNG: losses, the metric, the look of samples. Returns the
+/// files' names; plots without a value are left out, as are curves that are 0 throughout.
+pub fn plot(run: &Run) -> Result<Vec<&'static str>> {
     fonts();
-    let (width, height) = (960u32, 420u32);
-    let mut pixels = vec![255; (width * height * 3) as usize];
-    draw_losses(&mut pixels, (width, height), stats).map_err(|e| Error::content(path, e))?;
-    save_image(path, &Image { channels: 3, height: height as usize, width: width as usize, data: pixels })
+    let stats = run.stats()?;
+    let mut written = Vec::new();
+    for (name, y_label, curves) in PLOTS {
+        let points = |curve: &Curve| curve_points(&stats, curve.1, curve.3);
+        let curves: Vec<(Curve, Vec<(f64, f64)>)> = curves
+            .iter()
+            .map(|curve| (*curve, points(curve)))
+            .filter(|(_, points)| points.iter().any(|(_, v)| *v != 0.0))
+            .collect();
+        if curves.is_empty() {
+            continue;
+        }
+        let path = run.path(name);
+        let (width, height) = (960u32, 420u32);
+        let mut pixels = vec![255; (width * height * 3) as usize];
+        draw(&mut pixels, (width, height), y_label, curves).map_err(|e| Error::content(&path, e))?;
+        let image = Image { channels: 3, height: height as usize, width: width as usize, data: pixels };
+        save_image(&path, &image)?;
+        written.push(name);
+    }
+    Ok(written)
 }
 
-fn draw_losses(
+fn draw(
     pixels: &mut [u8],
     size: (u32, u32),
-    stats: &[Value],
+    y_label: &str,
+    curves: Vec<(Curve, Vec<(f64, f64)>)>,
 ) -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let curves = [
-        ("distribution matching", "dm", RGBColor(31, 119, 180)),
-        ("regression", "reg", RGBColor(44, 160, 44)),
-        ("critic", "fake", RGBColor(214, 39, 40)),
-    ]
-    .map(|(label, key, colour)| (label, smooth(stats, key), colour));
-    let last = stats.last().and_then(|s| s["step"].as_f64()).unwrap_or(1.0).max(1.0);
-    let top = curves.iter().flat_map(|(_, c, _)| c).map(|(_, v)| *v).fold(0.1, f64::max) * 1.05;
+    let all = || curves.iter().flat_map(|(_, points)| points);
+    let last = all().map(|(step, _)| *step).fold(1.0, f64::max);
+    let top = all().map(|(_, v)| *v).filter(|v| v.is_finite()).fold(1e-3, f64::max) * 1.05;
+    let bottom = all().map(|(_, v)| *v).filter(|v| v.is_finite()).fold(0.0, f64::min);
     let root = BitMapBackend::with_buffer(pixels, size).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
         .margin(12)
         .x_label_area_size(42)
-        .y_label_area_size(58)
-        .build_cartesian_2d(0.0..last, 0.0..top)?;
-    chart.configure_mesh().x_desc("generator updates").y_desc("loss").light_line_style(WHITE).draw()?;
-    for (label, curve, colour) in curves {
+        .y_label_area_size(64)
+        .build_cartesian_2d(0.0..last, bottom..top)?;
+    chart.configure_mesh().x_desc("generator updates").y_desc(y_label).light_line_style(WHITE).draw()?;
+    for ((label, _, colour, _), points) in curves {
+        let points = points.into_iter().filter(|(_, v)| v.is_finite());
         chart
-            .draw_series(LineSeries::new(curve, colour.stroke_width(2)))?
+            .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
             .label(label)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
     }
@@ -65,14 +115,14 @@ fn draw_losses(
     Ok(())
 }
 
-/// Exponential moving average of one figure over the steps.
-fn smooth(stats: &[Value], key: &str) -> Vec<(f64, f64)> {
+/// One figure over the steps; smoothed, its exponential moving average.
+fn curve_points(stats: &[Value], key: &str, smoothed: bool) -> Vec<(f64, f64)> {
     let mut average: Option<f64> = None;
     stats
         .iter()
         .filter_map(|line| Some((line["step"].as_f64()?, line[key].as_f64()?)))
         .map(|(step, value)| {
-            let next = average.map_or(value, |a| 0.9 * a + 0.1 * value);
+            let next = average.filter(|_| smoothed).map_or(value, |a| 0.9 * a + 0.1 * value);
             average = Some(next);
             (step, next)
         })

@@ -18,6 +18,9 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::network::Tensors;
 
+/// Name of the state that a run continues from.
+pub const LATEST: &str = "state";
+
 /// Folder of one run.
 pub struct Run {
     /// Its path.
@@ -71,6 +74,14 @@ impl Run {
         self.folder.join(name)
     }
 
+    /// Names of the files in a sub-folder.
+    pub fn list(&self, sub: &str) -> Result<Vec<String>> {
+        let folder = self.path(sub);
+        let failed = || Error::file("list", &folder);
+        let entries = fs::read_dir(&folder).map_err(failed())?;
+        entries.map(|entry| Ok(entry.map_err(failed())?.file_name().to_string_lossy().into_owned())).collect()
+    }
+
     /// Saves the resolved options.
     pub fn save_options(&self, options: &impl Serialize) -> Result<()> {
         write_json(&self.path("run.json"), options)
@@ -107,25 +118,37 @@ impl Run {
         }
     }
 
-    /// Saves everything that training needs to go on after `step`.
-    pub fn save_state(&self, step: u64, tensors: &Tensors) -> Result<()> {
-        write_tensors(&self.path("checkpoints/state.safetensors"), tensors, &[("step", step.to_string())])
+    /// Saves everything that training needs to go on after `step`, and notes, as `checkpoints/NAME.safetensors`.
+    pub fn save_state(&self, name: &str, step: u64, tensors: &Tensors, note: &impl Serialize) -> Result<()> {
+        let path = self.state_path(name);
+        let note = serde_json::to_string(note).map_err(|e| Error::content(&path, e))?;
+        write_tensors(&path, tensors, &[("step", step.to_string()), ("note", note)])
     }
 
-    /// The last saved state and its step; none if training had not come to one. Drops later statistics.
-    pub fn load_state(&self) -> Result<Option<(u64, Tensors)>> {
-        let path = self.path("checkpoints/state.safetensors");
-        let step = if path.exists() {
-            let bytes = files::read(&path)?;
-            let step = read_metadata(&path, &bytes)?
-                .get("step")
-                .and_then(|s| s.parse::<u64>().ok())
-                .ok_or_else(|| Error::content(&path, "it does not say its step"))?;
-            Some((step, read_tensors(&path, &bytes)?))
-        } else {
-            None
-        };
-        let last = step.as_ref().map_or(0, |(step, _)| *step);
+    /// A saved state; none if there is no such.
+    pub fn read_state(&self, name: &str) -> Result<Option<State>> {
+        let path = self.state_path(name);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let bytes = files::read(&path)?;
+        let mut metadata = read_metadata(&path, &bytes)?;
+        let step = metadata
+            .get("step")
+            .and_then(|s| s.parse::<u64>().ok())
+            .ok_or_else(|| Error::content(&path, "it does not say its step"))?;
+        let note = metadata.remove("note").unwrap_or_default();
+        Ok(Some(State { step, tensors: read_tensors(&path, &bytes)?, note, path }))
+    }
+
+    fn state_path(&self, name: &str) -> PathBuf {
+        self.path(&format!("checkpoints/{name}.safetensors"))
+    }
+
+    /// The state `name` that a run continues from; none if training had not come to one. Drops later statistics.
+    pub fn load_state(&self, name: &str) -> Result<Option<State>> {
+        let state = self.read_state(name)?;
+        let last = state.as_ref().map_or(0, |state| state.step);
         let step_of = |line: &str| serde_json::from_str::<Value>(line).ok()?["step"].as_u64();
         let text = self.stats_text()?;
         let kept: String = text
@@ -134,7 +157,24 @@ impl Run {
             .flat_map(|line| [line, "\n"])
             .collect();
         files::write(&self.path("stats.jsonl"), kept.as_bytes())?;
-        Ok(step)
+        Ok(state)
+    }
+}
+
+/// What a run saved at a step.
+pub struct State {
+    /// Updates behind it.
+    pub step: u64,
+    /// Weights, averages and moments.
+    pub tensors: Tensors,
+    note: String,
+    path: PathBuf,
+}
+
+impl State {
+    /// What was noted beside the tensors.
+    pub fn note<T: DeserializeOwned>(&self) -> Result<T> {
+        serde_json::from_str(&self.note).map_err(|e| Error::content(&self.path, e))
     }
 }
 

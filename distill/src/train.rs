@@ -9,18 +9,26 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::checkpoint::{Checkpoint, Source, snapshot};
-use crate::data::{Dataset, Split};
+use crate::data::{self, Split};
 use crate::distillation::{Distillation, Material};
 use crate::error::{Error, Result};
+use crate::html;
+use crate::judge::Judge;
 use crate::losses::Distance;
+use crate::monitor::{Monitor, Verdict};
 use crate::network::{Network, Tensors};
-use crate::optimiser::Ema;
+use crate::optimiser::{Ema, LrSchedule};
 use crate::pairs::{self, PairsOptions};
 use crate::progress::{Progress, stop_requested};
 use crate::report;
-use crate::run::{Run, images, save_grid};
+use crate::run::{LATEST, Run, images, save_grid};
 use crate::sampler::{Request, one_step};
 use crate::teacher::part;
+
+/// Name of the state whose samples were best.
+const BEST: &str = "best";
+/// Returns to the best state before a run gives up.
+const ROLLBACKS: u32 = 3;
 
 /// A method: the defaults of its losses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -30,6 +38,16 @@ pub enum Method {
     Dmd,
     /// Distribution matching and an adversarial loss on real images, no pairs. Yin et al. 2024 (arXiv:2405.14867).
     Dmd2,
+}
+
+/// Which weights become the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Keep {
+    /// Those whose samples were nearest to real images, where there is a metric.
+    Best,
+    /// The last.
+    Last,
 }
 
 /// Resolved options of a distillation; saved as `run.json`.
@@ -51,8 +69,8 @@ pub struct DistillOptions {
     pub pair_steps: usize,
     /// Sampler of the pairs.
     pub pair_sampler: Sampler,
-    /// Real images of the adversarial loss, if not searched for.
-    pub data: Option<PathBuf>,
+    /// Real images, for the adversarial loss.
+    pub data: Option<String>,
     /// Classifier-free guidance of the teacher, for pairs and distribution matching; 1 is none.
     pub guidance: f64,
     /// Generator updates.
@@ -63,8 +81,12 @@ pub struct DistillOptions {
     pub lr: f64,
     /// Learning rate of the critic.
     pub lr_fake: f64,
+    /// How both change over the updates.
+    pub lr_schedule: LrSchedule,
     /// Updates of warm-up, for both.
     pub warmup: u64,
+    /// Largest norm of a network's gradient.
+    pub clip: f64,
     /// Weight of distribution matching; 0 is regression alone.
     pub dm_weight: f64,
     /// Whether the matching gradient keeps the factor `alpha_t` of Eq. 7.
@@ -93,6 +115,12 @@ pub struct DistillOptions {
     pub seed: u32,
     /// Updates between saved states.
     pub save_every: u64,
+    /// Updates between judgements of samples.
+    pub eval_every: u64,
+    /// Images of a judgement; 0 judges without a metric.
+    pub eval_count: usize,
+    /// Which weights become the result.
+    pub keep: Keep,
     /// Updates between sample grids.
     pub sample_every: u64,
     /// Images of a sample grid, and at most of the comparison.
@@ -100,6 +128,11 @@ pub struct DistillOptions {
 }
 
 impl DistillOptions {
+    /// Factor on both learning rates at a step: the schedule's, and a half for every return to the best state.
+    fn rate(&self, step: u64, rollbacks: u32) -> f64 {
+        self.lr_schedule.factor(step, self.train_steps) * 0.5f64.powi(rollbacks as i32)
+    }
+
     /// The pairs that belong to these options.
     pub fn pairs(&self, base: &Checkpoint) -> PairsOptions {
         PairsOptions::new(&self.base, base, self.pair_sampler, self.pair_steps, self.guidance, self.seed)
@@ -111,56 +144,94 @@ impl DistillOptions {
             0 => None,
             count => Some(pairs::prepare(&self.pairs_dir, &self.pairs(base), base, count, device)?),
         };
-        let real = match self.gan_weight > 0.0 {
-            true => Some(Dataset::fashion_mnist(self.data.as_deref(), Split::Train)?),
-            false => None,
+        let real = match &self.data {
+            Some(data) if self.gan_weight > 0.0 => {
+                Some(data::Source::find(data, Split::Train)?.load(base.config.image_shape())?.data)
+            }
+            _ => None,
         };
         Ok(Material { pairs, real })
     }
 }
 
-/// Distils, or continues, and returns the folder of the finished generator.
+/// Distils, or continues, and returns the folder of the finished generator: the one that looked best to the metric, or
+/// the last where there is none.
 pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<PathBuf> {
     let base = load_teacher(run)?;
     let material = options.material(&base, device)?;
-    let resumed = run.load_state()?;
-    let mut step = resumed.as_ref().map_or(0, |(step, _)| *step);
-    let mut work = Distillation::new(options, &base, resumed.as_ref().map(|(_, t)| t), device)?;
-    let average = match &resumed {
-        Some((_, tensors)) => part(tensors, "ema.")?,
-        None => snapshot(work.generator.parameters())?,
+    let judge = Judge::new(options, &base, device)?;
+    let resumed = run.load_state(LATEST)?;
+    let mut step = resumed.as_ref().map_or(0, |state| state.step);
+    let mut work = Distillation::new(options, &base, resumed.as_ref().map(|state| &state.tensors), device)?;
+    let (average, mut monitor) = match &resumed {
+        Some(state) => (part(&state.tensors, "ema.")?, state.note()?),
+        None => (snapshot(work.generator.parameters())?, Monitor::default()),
     };
     let mut ema = Ema::new(options.ema, step, average);
     if resumed.is_some() {
         eprintln!("continuing after step {step}");
     } else {
+        monitor.reference = Some(judge.reference(&base)?);
         save_samples(&work, run, options, 0, &ema.tensors)?;
     }
 
     let mut progress = Progress::new("distil", step, options.train_steps);
+    let mut shown = String::new();
     while step < options.train_steps {
-        let update = work.update(step, &material)?;
+        work.set_rate(options.rate(step, monitor.rollbacks));
+        let update = work.update(step, &material).map_err(|e| diverged(e, step, run))?;
         ema.update(work.generator.variables())?;
         step += 1;
-        let values = update.x_gen.flatten_all()?.to_vec1::<f32>()?;
-        let (brightness, contrast) = mean_and_deviation(&values);
-        run.log(&json!({
+        let last = step == options.train_steps;
+        let mut line = json!({
             "step": step, "dm": update.dm, "reg": update.reg, "fake": update.fake,
             "adversarial": update.adversarial, "discrimination": update.discrimination,
             "grad_norm": update.norm, "fake_grad_norm": update.fake_norm,
-            "brightness": brightness, "contrast": contrast,
-        }))?;
-        let message = format!("dm {:.3} reg {:.3} fake {:.3}", update.dm, update.reg, update.fake);
+        });
+        let mut verdict = Verdict::Fine;
+        if step.is_multiple_of(options.eval_every) || last {
+            let (look, metric) = judge.look(&work, &ema.tensors)?;
+            verdict = monitor.judge(step, &look, metric);
+            for (name, value) in [
+                ("kid", json!(metric)),
+                ("brightness", json!(look.brightness)),
+                ("contrast", json!(look.contrast)),
+                ("diversity", json!(look.diversity)),
+            ] {
+                line[name] = value;
+            }
+            shown = metric.map_or(String::new(), |kid| format!(" kid {kid:.4}"));
+        }
+        run.log(&line)?;
+        let message = format!("dm {:.3} reg {:.3} fake {:.3}{shown}", update.dm, update.reg, update.fake);
         progress.update(step, &message);
-
-        let last = step == options.train_steps;
+        match verdict {
+            Verdict::Fine => {}
+            Verdict::Best => save(run, BEST, step, &work, &ema, &monitor)?,
+            Verdict::Alarm(problem) => eprintln!("\nwarning: step {step}: {problem}"),
+            Verdict::Rollback(problem) => {
+                let Some(best) = run.read_state(BEST)?.filter(|_| monitor.rollbacks <= ROLLBACKS) else {
+                    return Err(Error::Diverged(format!(
+                        "step {step}: {problem}\n\nhint: a lower `--lr` or more `--fake-updates` keep the critic closer; \
+                         `{}` has the pictures",
+                        run.path("samples").display()
+                    )));
+                };
+                eprintln!(
+                    "\nwarning: step {step}: {problem}; going back to the weights of step {} at half the learning rate",
+                    best.step
+                );
+                work = Distillation::new(options, &base, Some(&best.tensors), device)?;
+                ema = Ema::new(options.ema, best.step, part(&best.tensors, "ema.")?);
+            }
+        }
         if step.is_multiple_of(options.sample_every) || last {
             save_samples(&work, run, options, step, &ema.tensors)?;
-            report::plot_losses(&run.path("losses.png"), &run.stats()?)?;
+            report::plot(run)?;
         }
         let stop = stop_requested();
         if step.is_multiple_of(options.save_every) || last || stop {
-            run.save_state(step, &work.state(&ema.tensors)?)?;
+            save(run, LATEST, step, &work, &ema, &monitor)?;
         }
         if stop && !last {
             return Err(Error::Interrupted(format!(
@@ -170,8 +241,13 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
         }
     }
 
+    let best = if options.keep == Keep::Best { run.read_state(BEST)? } else { None };
+    let (taken, weights) = match &best {
+        Some(best) => (best.step, part(&best.tensors, "ema.")?),
+        None => (step, ema.tensors),
+    };
     let folder = run.path("generator");
-    finished(options, &base, ema.tensors).save(&folder)?;
+    finished(options, &base, weights, taken, &monitor).save(&folder)?;
     let generator = Checkpoint::load(&Source::Folder(folder.clone()))?;
     report::comparison(
         &run.path("comparison.png"),
@@ -181,7 +257,25 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
         options.samples,
         device,
     )?;
+    html::write(run, &generator)?;
     Ok(folder)
+}
+
+/// What a failed update means for the user.
+fn diverged(error: Error, step: u64, run: &Run) -> Error {
+    match error {
+        Error::Diverged(problem) => Error::Diverged(format!(
+            "update {}: {problem}; the last good state is kept\n\nhint: `dmd-distill --resume {} --lr X` goes on from it \
+             with a lower learning rate",
+            step + 1,
+            run.folder.display()
+        )),
+        other => other,
+    }
+}
+
+fn save(run: &Run, name: &str, step: u64, work: &Distillation, ema: &Ema, monitor: &Monitor) -> Result<()> {
+    run.save_state(name, step, &work.state(&ema.tensors)?, monitor)
 }
 
 /// The base that the run was started with; every run keeps its own copy.
@@ -204,14 +298,22 @@ fn save_samples(
 }
 
 /// The generator as a checkpoint, with its history.
-fn finished(o: &DistillOptions, base: &Checkpoint, average: Tensors) -> Checkpoint {
-    let images = o.train_steps * o.batch as u64;
+fn finished(
+    o: &DistillOptions,
+    base: &Checkpoint,
+    weights: Tensors,
+    step: u64,
+    monitor: &Monitor,
+) -> Checkpoint {
+    let images = step * o.batch as u64;
     let training = json!({
-        "method": o.method, "steps": o.train_steps, "images": images, "batch": o.batch, "lr": o.lr,
+        "method": o.method, "steps": step, "steps_trained": o.train_steps, "images": images, "batch": o.batch, "lr": o.lr,
         "lr_fake": o.lr_fake, "lambda_reg": o.lambda_reg, "pairs": o.pairs, "pair_steps": o.pair_steps,
         "fake_updates": o.fake_updates, "ema": o.ema, "guidance": o.guidance,
         "dm_weight": o.dm_weight, "gan_weight": o.gan_weight, "gan_weight_fake": o.gan_weight_fake, "reg": o.reg, "seed": o.seed,
     });
+    let kid = monitor.best.filter(|(_, at)| *at == step).map(|(kid, _)| ("kid".to_owned(), json!(kid)));
+    let metrics = kid.into_iter().collect();
     Checkpoint {
         config: base.config.clone(),
         schedule: base.schedule.clone(),
@@ -221,9 +323,9 @@ fn finished(o: &DistillOptions, base: &Checkpoint, average: Tensors) -> Checkpoi
             classes: base.provenance.classes.clone(),
             base: Some(Base { id: base_id(&o.base), sha256: o.base_sha256.clone() }),
             training: training.as_object().cloned().unwrap_or_default(),
-            metrics: serde_json::Map::new(),
+            metrics,
         },
-        tensors: average,
+        tensors: weights,
         sha256: String::new(),
     }
 }
@@ -231,11 +333,4 @@ fn finished(o: &DistillOptions, base: &Checkpoint, average: Tensors) -> Checkpoi
 /// A preset's name, or the last part of a folder's path.
 fn base_id(base: &str) -> String {
     Path::new(base).file_name().map_or(base.to_owned(), |n| n.to_string_lossy().into_owned())
-}
-
-fn mean_and_deviation(values: &[f32]) -> (f64, f64) {
-    let n = values.len() as f64;
-    let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / n;
-    let variance = values.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / n;
-    (mean, variance.sqrt())
 }

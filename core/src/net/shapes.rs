@@ -24,12 +24,17 @@ pub struct Summary {
     pub activations: u64,
 }
 
-/// Walks the network once on shapes.
+/// Walks a denoiser once on shapes.
 pub fn summarise(config: &ModelConfig) -> Result<Summary> {
-    let mut ops = Shapes(Summary::default());
     let [c, h, w] = config.image_shape();
     let class = config.class_rows().map(|_| vec![1]);
-    denoise(&mut ops, config, &vec![1, c, h, w], &vec![1], class.as_ref())?;
+    trace(|ops| denoise(ops, config, &vec![1, c, h, w], &vec![1], class.as_ref()).map(|_| ()))
+}
+
+/// Walks any network once on shapes, which are its values: `[n, c, h, w]` or `[n, features]`.
+pub fn trace(network: impl FnOnce(&mut Shapes) -> Result<()>) -> Result<Summary> {
+    let mut ops = Shapes(Summary::default());
+    network(&mut ops)?;
     Ok(ops.0)
 }
 
@@ -89,7 +94,8 @@ impl Summary {
     }
 }
 
-struct Shapes(Summary);
+/// [`Ops`] on shapes; made by [`trace`].
+pub struct Shapes(Summary);
 
 impl Shapes {
     /// Counts a result of this shape.

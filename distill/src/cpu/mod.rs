@@ -7,6 +7,7 @@
 //! Must not know about networks or losses.
 
 mod attention;
+mod batch_norm;
 mod conv;
 mod images;
 mod layout;

@@ -159,7 +159,7 @@ fn over_group(spec: &GroupNorm, values: &[f32]) -> Vec<f32> {
 
 /// A value per channel, repeated for every lane.
 #[inline(always)]
-fn per_lane(values: &[f32]) -> Vec<f32> {
+pub fn per_lane(values: &[f32]) -> Vec<f32> {
     values.iter().flat_map(|v| std::iter::repeat_n(*v, lanes())).collect()
 }
 

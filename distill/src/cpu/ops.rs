@@ -15,6 +15,7 @@ use super::simd::add_to;
 use super::tape::{Tape, Value};
 use super::{attention, conv, layout, norm};
 use crate::ops::Error;
+use crate::statistics::BatchStatistics;
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -23,11 +24,13 @@ type Places = BTreeMap<String, Range<usize>>;
 
 /// [`Ops`] on [`Images`]; records a tape where a gradient is wanted.
 pub struct CpuOps<'a> {
-    flat: &'a [f32],
+    pub(super) flat: &'a [f32],
     places: &'a Places,
     /// Whether parameters get gradients.
-    train: bool,
-    tape: Tape,
+    pub(super) train: bool,
+    pub(super) tape: Tape,
+    /// Where BatchNorm leaves the statistics of its batch, if it normalises by them.
+    statistics: Option<BatchStatistics>,
 }
 
 /// Runs `network` on images `[n, c, h, w]` (vectors: `[n, c, 1, 1]`) with parameters by name; returns `[n, c', h', w']`.
@@ -96,7 +99,8 @@ impl CustomOp1 for Pass {
         let Some((start, end)) = layout.contiguous_offsets() else { bail!("the values are not contiguous") };
         let flat = &storage.as_slice::<f32>()?[start..end];
         let Some(network) = take(&self.network) else { bail!("a pass runs once") };
-        let mut ops = CpuOps { flat, places: &self.places, train: self.train, tape: Tape::default() };
+        let (places, train) = (&self.places, self.train);
+        let mut ops = CpuOps { flat, places, train, tape: Tape::default(), statistics: None };
         let inputs: Vec<Value> = self.inputs.iter().map(|input| ops.input(input)).collect();
         let y = network(&mut ops, &inputs).map_err(candle_core::Error::wrap)?;
         let mut out = vec![0.0; y.images.n * y.images.c * y.images.h * y.images.w];
@@ -125,12 +129,17 @@ impl CustomOp1 for Pass {
 
 /// Weight and bias of one layer.
 #[derive(Clone)]
-struct Affine {
-    weight: Range<usize>,
-    bias: Range<usize>,
+pub(super) struct Affine {
+    pub(super) weight: Range<usize>,
+    pub(super) bias: Range<usize>,
 }
 
 impl CpuOps<'_> {
+    /// From now on BatchNorm normalises by the statistics of its own batch, and leaves them here.
+    pub fn use_batch_statistics(&mut self, statistics: BatchStatistics) {
+        self.statistics = Some(statistics);
+    }
+
     /// One number per image, as an image of one pixel.
     pub fn numbers(&self, values: &[f32]) -> Value {
         self.constant(Images::from_nchw(values, [values.len(), 1, 1, 1]))
@@ -156,12 +165,12 @@ impl CpuOps<'_> {
         place.ok_or_else(|| candle_core::Error::CannotFindTensor { path: key }.bt().into())
     }
 
-    fn affine(&self, name: &str) -> Result<Affine> {
+    pub(super) fn affine(&self, name: &str) -> Result<Affine> {
         Ok(Affine { weight: self.place(name, "weight")?, bias: self.place(name, "bias")? })
     }
 
     /// The result of an operation, with a place for its gradient if it has one.
-    fn result(&mut self, images: Images, tracked: bool) -> Value {
+    pub(super) fn result(&mut self, images: Images, tracked: bool) -> Value {
         Value { images: Arc::new(images), slot: tracked.then(|| self.tape.slot()) }
     }
 
@@ -331,6 +340,9 @@ impl Ops for CpuOps<'_> {
     }
 
     fn batch_norm(&mut self, x: &Value, name: &str, spec: BatchNorm) -> Result<Value> {
+        if let Some(statistics) = self.statistics.clone() {
+            return self.batch_norm_of_batch(x, name, spec, &statistics);
+        }
         let layer = self.affine(name)?;
         let (mean, variance) = (self.place(name, "running_mean")?, self.place(name, "running_var")?);
         let fixed = norm::Fixed::new(&self.flat[mean], &self.flat[variance], spec.eps);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use dmd_core::compare::{Tolerance, close};
 use dmd_core::net::{
     Activation, BatchNorm, Conv2d, ConvTranspose2d, Embedding, GroupNorm, Linear, Ops, Pool,
@@ -12,6 +12,7 @@ use dmd_core::noise;
 use super::simd::portable::with_lanes;
 use super::{CpuOps, Value, apply};
 use crate::ops::{CandleOps, Error};
+use crate::statistics::BatchStatistics;
 
 const TOLERANCE: Tolerance = Tolerance { abs: 2e-4, rel: 1e-4 };
 
@@ -31,7 +32,7 @@ fn check(
     what: &str,
     inputs: &[Var],
     parameters: &[(&str, Var)],
-    fast: impl Fn(&mut CpuOps, &[Value]) -> Result<Value, Error> + Copy + Send + Sync + 'static,
+    fast: impl Fn(&mut CpuOps, &[Value]) -> Result<Value, Error> + Clone + Send + Sync + 'static,
     slow: impl Fn(&mut CandleOps, &[Tensor]) -> Result<Tensor, Error>,
 ) {
     let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
@@ -52,7 +53,7 @@ fn check(
     for lanes in [0, 1, 4, 16] {
         let what = format!("{what} with {lanes} lanes");
         let (y, got) = with_lanes(lanes, || {
-            let y = apply(&tensors, &named, fast).unwrap().reshape(expected.shape()).unwrap();
+            let y = apply(&tensors, &named, fast.clone()).unwrap().reshape(expected.shape()).unwrap();
             let got = gradients(&y);
             (y, got)
         });
@@ -166,6 +167,58 @@ fn operations_without_parameters_equal_their_compositions() {
     for count in [1, 2] {
         let name = format!("attention with {count} heads");
         equals!(&name, &heads, &[], move |ops, x| ops.attention(&x[0], &x[1], &x[2], count));
+    }
+}
+
+/// Layers before and after BatchNorm sum over lanes, so whatever it left in lanes without an image would show; running statistics
+/// agree too.
+#[test]
+fn batch_norm_of_a_batch_ignores_empty_lanes() {
+    let spec = Conv2d { in_channels: 3, out_channels: 4, kernel: 3, stride: 1, padding: [1; 4] };
+    let again = Conv2d { in_channels: 4, ..spec };
+    let norm = BatchNorm { channels: 4, eps: 1e-5 };
+    fn network<O: Ops>(
+        ops: &mut O,
+        x: &O::Value,
+        [a, b]: [Conv2d; 2],
+        norm: BatchNorm,
+    ) -> Result<O::Value, O::Error> {
+        let y = ops.conv2d(x, "a", a)?;
+        let y = ops.batch_norm(&y, "n", norm)?;
+        ops.conv2d(&y, "b", b)
+    }
+    for n in [1, 2, 7, 8, 9, 16, 19, 33] {
+        let parameters = [
+            ("a.weight", random(2, &[4, 3, 3, 3])),
+            ("a.bias", random(3, &[4])),
+            ("b.weight", random(4, &[4, 4, 3, 3])),
+            ("b.bias", random(5, &[4])),
+            ("n.weight", random(6, &[4])),
+            ("n.bias", random(7, &[4])),
+        ];
+        let [fast, slow] = [BatchStatistics::default(), BatchStatistics::default()];
+        let (used, also) = (fast.clone(), slow.clone());
+        check(
+            &format!("{n} images"),
+            &[random(1, &[n, 3, 5, 6])],
+            &parameters,
+            move |ops, x| {
+                ops.use_batch_statistics(used.clone());
+                network(ops, &x[0], [spec, again], norm)
+            },
+            |ops, x| {
+                ops.use_batch_statistics(also.clone());
+                network(ops, &x[0], [spec, again], norm)
+            },
+        );
+        let running = [fast, slow].map(|statistics| {
+            let zeros =
+                |name: &str| (format!("n.{name}"), Tensor::zeros(4, DType::F32, &Device::Cpu).unwrap());
+            let mut running = BTreeMap::from(["running_mean", "running_var"].map(zeros));
+            statistics.apply(&mut running).unwrap();
+            running.values().flat_map(flat).collect::<Vec<f32>>()
+        });
+        close(&running[0], &running[1], TOLERANCE).unwrap_or_else(|e| panic!("{n} images, statistics: {e}"));
     }
 }
 

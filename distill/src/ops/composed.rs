@@ -44,6 +44,25 @@ pub fn batch_norm(
     normal.broadcast_mul(&per_channel(weight)?)?.broadcast_add(&per_channel(bias)?)?.to_dtype(x.dtype())
 }
 
+/// BatchNorm by the statistics of the batch itself, with gradients through them; and mean and unbiased variance `[c]`, detached.
+pub fn batch_norm_of_batch(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    spec: BatchNorm,
+) -> Result<(Tensor, [Tensor; 2])> {
+    let (n, c, h, w) = x.dims4()?;
+    let count = (n * h * w) as f64;
+    let x32 = x.to_dtype(DType::F32)?;
+    let mean = x32.mean_keepdim((0, 2, 3))?;
+    let centred = x32.broadcast_sub(&mean)?;
+    let variance = centred.sqr()?.mean_keepdim((0, 2, 3))?;
+    let normal = centred.broadcast_div(&(&variance + spec.eps)?.sqrt()?)?;
+    let y = normal.broadcast_mul(&per_channel(weight)?)?.broadcast_add(&per_channel(bias)?)?;
+    let unbiased = (variance.detach() * (count / (count - 1.0)))?;
+    Ok((y.to_dtype(x.dtype())?, [mean.detach().reshape(c)?, unbiased.reshape(c)?]))
+}
+
 /// A value per channel as f32 `[1, c, 1, 1]`.
 fn per_channel(values: &Tensor) -> Result<Tensor> {
     values.to_dtype(DType::F32)?.reshape((1, (), 1, 1))

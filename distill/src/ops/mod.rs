@@ -12,6 +12,8 @@ use dmd_core::net::{
     TimestepEmbedding,
 };
 
+use crate::statistics::BatchStatistics;
+
 /// What can go wrong while a network runs.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -31,17 +33,23 @@ pub struct CandleOps<'a> {
     parameters: &'a BTreeMap<String, Tensor>,
     device: &'a Device,
     dtype: DType,
+    statistics: Option<BatchStatistics>,
 }
 
 impl<'a> CandleOps<'a> {
     /// Runs networks with these parameters, which are all on `device`.
     pub fn new(parameters: &'a BTreeMap<String, Tensor>, device: &'a Device) -> Self {
-        Self { parameters, device, dtype: DType::F32 }
+        Self { parameters, device, dtype: DType::F32, statistics: None }
     }
 
     /// Computes in another type: parameters are converted where they are used, images must come in it.
     pub fn in_type(self, dtype: DType) -> Self {
         Self { dtype, ..self }
+    }
+
+    /// From now on BatchNorm normalises by the statistics of its own batch, and leaves them here.
+    pub fn use_batch_statistics(&mut self, statistics: BatchStatistics) {
+        self.statistics = Some(statistics);
     }
 
     fn get(&self, name: &str, suffix: &str) -> Result<Tensor> {
@@ -126,6 +134,17 @@ impl Ops for CandleOps<'_> {
 
     fn batch_norm(&mut self, x: &Tensor, name: &str, spec: BatchNorm) -> std::result::Result<Tensor, Error> {
         let (weight, bias) = self.affine(name)?;
+        if let Some(statistics) = &self.statistics {
+            let (n, c, h, w) = x.dims4()?;
+            if n * h * w < 2 {
+                let expected = "at least two values per channel, to take statistics of".to_owned();
+                let got = vec![n, c, h, w];
+                return Err(dmd_core::Error::Shape { name: name.to_owned(), got, expected }.into());
+            }
+            let (y, [mean, variance]) = composed::batch_norm_of_batch(x, &weight, &bias, spec)?;
+            statistics.record(name, mean, variance);
+            return Ok(y);
+        }
         let (mean, variance) = (self.get(name, "running_mean")?, self.get(name, "running_var")?);
         Ok(composed::batch_norm(x, [&weight, &bias, &mean, &variance], spec)?)
     }

@@ -1,12 +1,11 @@
-//! Real images: Fashion-MNIST from idx files, found on this machine or downloaded, checked by SHA-256.
+//! Fashion-MNIST by name: found on this machine or downloaded, checked by SHA-256.
 //! Xiao et al. 2017 (arXiv:1708.07747), MIT licence.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
-use flate2::read::GzDecoder;
-
+use super::idx::{decompress, join};
+use super::{Dataset, Split};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -39,90 +38,23 @@ const FILES: [(&str, &str); 4] = [
     ("t10k-labels-idx1-ubyte", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
 ];
 
-/// Labelled 8-bit images.
-pub struct Dataset {
-    /// `[channels, height, width]`.
-    pub shape: [usize; 3],
-    /// One byte per value, image by image, channel planes.
-    pub images: Vec<u8>,
-    /// Class of each image.
-    pub labels: Vec<u8>,
-}
-
-/// Which part of a data set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Split {
-    /// For training.
-    Train,
-    /// Held out.
-    Test,
-}
-
 impl Dataset {
     /// Fashion-MNIST from `folder`, else from Debian's package, else from the cache, else by download.
     pub fn fashion_mnist(folder: Option<&Path>, split: Split) -> Result<Self> {
         let first = if split == Split::Train { 0 } else { 2 };
         let read = |i: usize| fashion_file(folder, FILES[i].0, FILES[i].1);
-        Self::from_idx(&read(first)?, &read(first + 1)?)
-    }
-
-    fn from_idx(
-        (path, images): &(PathBuf, Vec<u8>),
-        (label_path, labels): &(PathBuf, Vec<u8>),
-    ) -> Result<Self> {
-        let (size, pixels) = idx(path, images)?;
-        let (count, labels) = idx(label_path, labels)?;
-        match (size.as_slice(), count.as_slice()) {
-            ([n, height, width], [m]) if n == m => {
-                Ok(Self { shape: [1, *height, *width], images: pixels.to_vec(), labels: labels.to_vec() })
-            }
-            _ => Err(Error::content(path, format!("{size:?} images do not go with {count:?} labels"))),
-        }
-    }
-
-    /// Number of images.
-    pub fn len(&self) -> usize {
-        self.labels.len()
-    }
-
-    /// Whether there is nothing in it.
-    pub fn is_empty(&self) -> bool {
-        self.labels.is_empty()
-    }
-
-    /// The images at `indices`, in `range`.
-    ///
-    /// # Shapes
-    /// `[indices, c, h, w]` f32.
-    pub fn batch(&self, indices: &[usize], [lo, hi]: [f32; 2], device: &Device) -> Result<Tensor> {
-        let [c, h, w] = self.shape;
-        let size = c * h * w;
-        let values: Vec<f32> = indices
-            .iter()
-            .flat_map(|i| &self.images[i * size..(i + 1) * size])
-            .map(|v| lo + (hi - lo) * f32::from(*v) / 255.0)
-            .collect();
-        Ok(Tensor::from_vec(values, (indices.len(), c, h, w), device)?)
+        join(&read(first)?, &read(first + 1)?)
     }
 }
 
-/// Sizes and bytes of an idx file of unsigned bytes.
-fn idx<'a>(path: &Path, bytes: &'a [u8]) -> Result<(Vec<usize>, &'a [u8])> {
-    let bad = |problem: String| Error::content(path, format!("not an idx file: {problem}"));
-    let axes = match bytes {
-        [0, 0, 8, axes @ 1..=4, ..] => usize::from(*axes),
-        _ => return Err(bad("it does not start with 0, 0, 8 and the number of axes".into())),
-    };
-    let header = 4 + 4 * axes;
-    let sizes = bytes.get(4..header).ok_or_else(|| bad("the header is cut short".into()))?;
-    let sizes: Vec<usize> =
-        sizes.chunks_exact(4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]) as usize).collect();
-    let expected = sizes.iter().try_fold(1usize, |a, b| a.checked_mul(*b));
-    let data = &bytes[header..];
-    if expected != Some(data.len()) {
-        return Err(bad(format!("got {} bytes of data for sizes {sizes:?}", data.len())));
-    }
-    Ok((sizes, data))
+/// Number of images of a part.
+pub fn count(split: Split) -> usize {
+    if split == Split::Train { 60_000 } else { 10_000 }
+}
+
+/// Whether this is the SHA-256 of one of the files, decompressed.
+pub fn is_known(sha256: &str) -> bool {
+    FILES.iter().any(|(_, known)| *known == sha256)
 }
 
 fn fashion_file(folder: Option<&Path>, stem: &str, sha256: &str) -> Result<(PathBuf, Vec<u8>)> {
@@ -186,18 +118,6 @@ fn download(url: &str) -> Result<Vec<u8>> {
     Ok(body)
 }
 
-fn decompress(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
-    if !bytes.starts_with(&[0x1f, 0x8b]) {
-        return Ok(bytes);
-    }
-    let mut out = Vec::new();
-    GzDecoder::new(bytes.as_slice())
-        .take(1 << 28)
-        .read_to_end(&mut out)
-        .map_err(|e| Error::content(path, format!("not a complete gzip file: {e}")))?;
-    Ok(out)
-}
-
 fn verify(path: &Path, bytes: &[u8], expected: &str) -> Result<()> {
     let got = files::sha256(bytes);
     if got == expected {
@@ -214,16 +134,6 @@ fn verify(path: &Path, bytes: &[u8], expected: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_idx_file_says_how_long_it_is() {
-        let path = Path::new("x");
-        let good = [0, 0, 8, 2, 0, 0, 0, 1, 0, 0, 0, 3, 7, 8, 9];
-        assert_eq!(idx(path, &good).unwrap(), (vec![1, 3], &good[12..]));
-        for bad in [&good[..14], &good[..10], &good[..2], &[0, 0, 13, 1, 0, 0, 0, 0], &[]] {
-            assert!(idx(path, bad).is_err(), "{bad:?}");
-        }
-    }
 
     /// The address of a server that answers each request with the next of `answers`: a promised length and a body.
     fn serve(answers: Vec<(usize, Vec<u8>)>) -> String {

@@ -1,0 +1,182 @@
+//! Images of the models that are judged; those of a teacher are costly and kept in a folder.
+//!
+//! A folder holds `teacher.json` (whose images, drawn how) and shards of up to 256 images, rounded to 8 bits, each with the
+//! SHA-256 of its pixels. What is finished is never computed again, also for another number of images.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use dmd_core::schedule::Schedule;
+use serde::{Deserialize, Serialize};
+
+use super::Pictures;
+use crate::checkpoint::{Checkpoint, read_metadata, read_tensors, write_json, write_tensors};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::network::{Network, Tensors};
+use crate::progress::{Progress, stop_requested};
+use crate::sampler::{self, Request, Sampling};
+
+/// Images drawn at once.
+const BATCH: usize = 64;
+/// Images in a file.
+const SHARD: usize = 256;
+
+/// Whose images a folder holds; two folders with the same description have the same images.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Description {
+    /// SHA-256 of the teacher's weights.
+    sha256: String,
+    sampler: String,
+    steps: usize,
+    /// Seed of the noise contract; image `k` has class `k mod classes`.
+    seed: u32,
+    classes: Option<usize>,
+    /// `[channels, height, width]`.
+    shape: [usize; 3],
+}
+
+/// `count` images in one step: the constants of `model` with the weights of `weights`, which may be its teacher's.
+pub fn one_step(
+    model: &Checkpoint,
+    weights: &Checkpoint,
+    seed: u32,
+    count: usize,
+    device: &Device,
+) -> Result<Pictures> {
+    let network = Network::frozen(&weights.config, &weights.tensors, device)?;
+    let constants = model.one_step()?;
+    let mut all: Option<Pictures> = None;
+    let mut progress = Progress::new("one step", 0, count as u64);
+    for first in (0..count).step_by(BATCH) {
+        let request = Request::new(seed, first as u64, BATCH.min(count - first), model.class_count());
+        let x = sampler::one_step(&network, &constants, &request)?;
+        join(&mut all, Pictures::from_tensor(&x, weights.config.range(), request.classes)?);
+        progress.update((first + request.images.len()) as u64, "");
+        if stop_requested() {
+            return Err(Error::Interrupted("stopped while drawing".into()));
+        }
+    }
+    all.ok_or_else(|| Error::Request("`--count` must be at least 1".into()))
+}
+
+/// `count` images of a teacher in `steps` steps, from the folder for them below `cache` as far as they are there.
+pub fn many_steps(
+    teacher: &Checkpoint,
+    steps: usize,
+    seed: u32,
+    count: usize,
+    cache: &Path,
+    device: &Device,
+) -> Result<Pictures> {
+    let description = Description {
+        sha256: teacher.sha256.clone(),
+        sampler: "ddim-trailing-clip".to_owned(),
+        steps,
+        seed,
+        classes: teacher.class_count(),
+        shape: teacher.config.image_shape(),
+    };
+    let folder = claim(cache, &teacher.provenance.name, &description)?;
+    let shards: Vec<(PathBuf, usize)> = (0..count.div_ceil(SHARD))
+        .map(|i| (folder.join(format!("shard-{i:05}.safetensors")), SHARD.min(count - i * SHARD)))
+        .collect();
+    let found = shards.iter().map(|(path, _)| read(path, description.shape)).collect::<Result<Vec<_>>>()?;
+    let have = |pictures: &Option<Pictures>| pictures.as_ref().map_or(0, Pictures::len);
+    let mut done: usize =
+        found.iter().zip(&shards).map(|(found, (_, wanted))| have(found).min(*wanted)).sum();
+    let mut progress = Progress::new("teacher", done as u64, count as u64);
+    let network = Network::frozen(&teacher.config, &teacher.tensors, device)?;
+    let mut all: Option<Pictures> = None;
+    for (i, (mut pictures, (path, wanted))) in found.into_iter().zip(&shards).enumerate() {
+        let first = have(&pictures);
+        for start in (first..*wanted).step_by(BATCH) {
+            let size = BATCH.min(wanted - start);
+            let request = Request::new(seed, (i * SHARD + start) as u64, size, description.classes);
+            let x = ddim(&network, teacher, &request, steps)?;
+            join(&mut pictures, Pictures::from_tensor(&x, teacher.config.range(), None)?);
+            done += size;
+            progress.update(done as u64, "");
+            if stop_requested() {
+                return Err(Error::Interrupted(format!(
+                    "stopped; finished images are kept in `{}`\n\nhint: the same command continues",
+                    folder.display()
+                )));
+            }
+        }
+        let Some(mut pictures) = pictures else { continue };
+        if first < *wanted {
+            write(path, &pictures)?;
+        }
+        let size: usize = pictures.shape.iter().product();
+        pictures.bytes.truncate(wanted * size);
+        pictures.classes = Request::new(seed, (i * SHARD) as u64, *wanted, description.classes).classes;
+        join(&mut all, pictures);
+    }
+    all.ok_or_else(|| Error::Request("`--count` must be at least 1".into()))
+}
+
+/// The one place that says how a teacher draws.
+fn ddim(network: &Network, teacher: &Checkpoint, request: &Request, steps: usize) -> Result<Tensor> {
+    sampler::sample(network, &Schedule::new(&teacher.schedule), request, &Sampling::ddim(steps))
+}
+
+fn join(all: &mut Option<Pictures>, more: Pictures) {
+    match all {
+        Some(all) => all.append(more),
+        None => *all = Some(more),
+    }
+}
+
+/// The folder for these images, which says so itself.
+fn claim(cache: &Path, name: &str, description: &Description) -> Result<PathBuf> {
+    let hash = description.sha256.get(..8).unwrap_or("unsaved");
+    let safe: String =
+        name.chars().map(|c| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '-' }).collect();
+    let folder = cache.join(format!("{safe}-{hash}-ddim{}-seed{}", description.steps, description.seed));
+    let path = folder.join("teacher.json");
+    if !path.exists() {
+        write_json(&path, description)?;
+        return Ok(folder);
+    }
+    let found: Description =
+        serde_json::from_slice(&files::read(&path)?).map_err(|e| Error::content(&path, e))?;
+    match found == *description {
+        true => Ok(folder),
+        false => Err(Error::content(
+            &path,
+            "the images there were drawn from another teacher\n\nhint: choose another `--cache`",
+        )),
+    }
+}
+
+fn write(path: &Path, pictures: &Pictures) -> Result<()> {
+    let [c, h, w] = pictures.shape;
+    let images = Tensor::from_slice(&pictures.bytes, (pictures.len(), c, h, w), &Device::Cpu)?;
+    let tensors = Tensors::from([("images".to_owned(), images)]);
+    write_tensors(path, &tensors, &[("sha256", files::sha256(&pictures.bytes))])
+}
+
+/// The images of a shard; none if there is no such file.
+fn read(path: &Path, shape: [usize; 3]) -> Result<Option<Pictures>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let bytes = files::read(path)?;
+    let wrong = |problem: &str| {
+        Error::content(path, format!("{problem}\n\nhint: delete the file; its images are drawn again"))
+    };
+    let images =
+        read_tensors(path, &bytes)?.remove("images").ok_or_else(|| wrong("there are no `images`"))?;
+    if images.rank() != 4 || images.dims()[1..] != shape || !(1..=SHARD).contains(&images.dims()[0]) {
+        return Err(wrong(&format!("its images have shape {:?}", images.dims())));
+    }
+    let values = images.flatten_all()?.to_vec1::<f32>()?;
+    let pixels: Vec<u8> = values.iter().map(|v| *v as u8).collect();
+    match read_metadata(path, &bytes)?.get("sha256") {
+        Some(expected) if *expected == files::sha256(&pixels) => {
+            Ok(Some(Pictures { shape, bytes: pixels, classes: None }))
+        }
+        _ => Err(wrong("its pixels do not have the SHA-256 that it names")),
+    }
+}

@@ -1,0 +1,236 @@
+//! `dmd-distill eval`: how far generated images are from real ones, beside the teacher's and the least possible distance.
+//! Must not compute a metric itself: those are in [`crate::metrics`].
+
+mod draw;
+mod npy;
+mod pictures;
+mod scorer;
+mod subject;
+mod table;
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use crate::data::{Dataset, Split};
+use crate::error::{Error, Result};
+use crate::{device, progress};
+
+pub use pictures::Pictures;
+pub use scorer::{Extractor, Scorer, Scores};
+
+/// Images per feature below which a Fréchet distance is mostly bias.
+const ENOUGH: usize = 10;
+
+/// A judgement of generated images.
+#[derive(Clone, Debug, Args)]
+pub struct EvalArgs {
+    /// Run folder, generator folder, or a base: a preset or a folder in diffusers layout
+    #[arg(value_name = "DIR|NAME", required_unless_present = "images")]
+    pub model: Option<String>,
+    /// Score these images instead: f32 `[n, c, h, w]`, as `dmd-run -o FILE.npy` writes them
+    #[arg(long, value_name = "FILE.npy", conflicts_with = "model")]
+    pub images: Option<PathBuf>,
+    /// Classes that the images of --images were asked for: `cycle` is k mod the number of classes
+    #[arg(long, value_enum, default_value_t = AskedClasses::None, requires = "images")]
+    pub classes: AskedClasses,
+    /// Values of black and white in --images
+    #[arg(long, value_name = "LOW,HIGH", default_value = "-1,1", allow_hyphen_values = true)]
+    pub range: String,
+    /// Real images: `fashion-mnist`, or the folder with its files
+    #[arg(long, value_name = "NAME|DIR", default_value = "fashion-mnist")]
+    pub data: String,
+    /// Images of every set
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub count: usize,
+    /// DDIM steps of the teacher
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub steps: usize,
+    /// Teacher of a generator, or `none` to leave it out [default: the run's, else the bundled base it was made from]
+    #[arg(long, value_name = "DIR|NAME|none")]
+    pub teacher: Option<String>,
+    /// Also score the teacher's weights as a one-step generator, before any distillation
+    #[arg(long)]
+    pub undistilled: bool,
+    /// Seed of the noise; trainings use 1 where nothing else is said
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u32,
+    /// What is compared: the classifier inside this program, or the folder of one that `dmd-distill classifier` made
+    #[arg(long, value_name = "bundled|DIR", default_value = "bundled")]
+    pub features: String,
+    /// Folder where a teacher's images are kept, to be computed once
+    #[arg(long, value_name = "DIR", default_value = "eval")]
+    pub cache: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Where to compute
+    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
+    pub device: String,
+}
+
+/// `--classes`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AskedClasses {
+    /// Not known.
+    None,
+    /// Image k was asked for class k mod the number of classes.
+    Cycle,
+}
+
+/// What `--json` prints.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// Model folder, preset, or file of images.
+    pub model: String,
+    /// Real images.
+    pub data: String,
+    /// Images of every set.
+    pub count: usize,
+    /// What the features are called.
+    pub features: String,
+    /// What the distance on these features is called.
+    pub distance: &'static str,
+    /// DDIM steps of the teacher.
+    pub steps: usize,
+    /// Seed of the noise.
+    pub seed: u32,
+    /// SHA-256 of the generator's weights.
+    pub student_sha256: Option<String>,
+    /// SHA-256 of the teacher's weights.
+    pub teacher_sha256: Option<String>,
+    /// The generator, in one step.
+    pub student: Option<Scores>,
+    /// The teacher, in `steps` steps.
+    pub teacher: Option<Scores>,
+    /// The teacher's weights in one step.
+    pub undistilled: Option<Scores>,
+    /// Real test images: no generator is expected to come nearer. None if there are too few of them.
+    pub floor: Option<Scores>,
+}
+
+/// `dmd-distill eval`.
+pub fn run(args: &EvalArgs) -> Result<()> {
+    let device = device::parse(&args.device)?;
+    let found = evaluate(args, &device)?;
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&found).map_err(|e| Error::content(Path::new("stdout"), e))?,
+        false => table::table(&found),
+    };
+    crate::commands::print(&text)
+}
+
+/// Scores everything that the arguments ask for.
+pub fn evaluate(args: &EvalArgs, device: &Device) -> Result<Evaluation> {
+    let subject = match (&args.model, &args.images) {
+        (Some(model), None) => subject::find(model, args.teacher.as_deref())?,
+        _ => subject::of_images(args.teacher.as_deref())?,
+    };
+    subject.check_steps(args.steps)?;
+    let extractor = Extractor::find(&args.features, device)?;
+    check_count(args.count, &extractor)?;
+    let [train, test] = [Split::Train, Split::Test].map(|split| data_set(&args.data, split));
+    let (train, test) = (train?, test?);
+    subject.check_shape(train.shape)?;
+    let given = args.images.as_deref().map(|path| given(path, args, extractor.classes())).transpose()?;
+    let reference = Pictures::balanced(&train, args.count)?;
+
+    progress::handle_interrupts();
+    eprintln!("{}, {} images of each set, on {}", extractor.name(), args.count, device::name(device));
+    let scorer = Scorer::new(extractor, &reference)?;
+    let score = |pictures: Result<Pictures>| scorer.scores(&pictures?);
+    let student = match (&given, &subject.student) {
+        (Some(given), _) => Some(scorer.scores(given)?),
+        (None, Some(model)) => Some(score(draw::one_step(model, model, args.seed, args.count, device))?),
+        (None, None) => None,
+    };
+    let undistilled = match (&subject.student, &subject.teacher) {
+        (Some(model), Some(weights)) if args.undistilled => {
+            Some(score(draw::one_step(model, weights, args.seed, args.count, device))?)
+        }
+        _ => None,
+    };
+    let teacher = subject.teacher.as_ref().map(|teacher| {
+        score(draw::many_steps(teacher, args.steps, args.seed, args.count, &args.cache, device))
+    });
+    let floor = match test.len() >= args.count {
+        true => Some(score(Pictures::balanced(&test, args.count))?),
+        false => {
+            eprintln!("warning: there are only {} test images, so no floor is known", test.len());
+            None
+        }
+    };
+    let sha256 = |checkpoint: &crate::checkpoint::Checkpoint| checkpoint.sha256.clone();
+    let model = args.images.as_ref().map(|path| path.display().to_string());
+    Ok(Evaluation {
+        model: model.or(args.model.clone()).unwrap_or_default(),
+        data: args.data.clone(),
+        count: args.count,
+        features: scorer.name().to_owned(),
+        distance: scorer.distance_name(),
+        steps: args.steps,
+        seed: args.seed,
+        student_sha256: subject.student.as_ref().map(sha256),
+        teacher_sha256: subject.teacher.as_ref().map(sha256),
+        student,
+        teacher: teacher.transpose()?,
+        undistilled,
+        floor,
+    })
+}
+
+/// The data set that `--data` names.
+pub fn data_set(name: &str, split: Split) -> Result<Dataset> {
+    match name {
+        "fashion-mnist" => Dataset::fashion_mnist(None, split),
+        folder if Path::new(folder).is_dir() => Dataset::fashion_mnist(Some(Path::new(folder)), split),
+        _ => Err(Error::Request(format!(
+            "no data set `{name}`: it is neither `fashion-mnist` nor a folder\n\nhint: a folder holds the four \
+             Fashion-MNIST files, such as `train-images-idx3-ubyte.gz`"
+        ))),
+    }
+}
+
+/// Covariances of fewer images than features say nothing; of not many more, little.
+fn check_count(count: usize, extractor: &Extractor) -> Result<()> {
+    let (name, features) = (extractor.name(), extractor.dimension());
+    if count <= features {
+        return Err(Error::Request(format!(
+            "`--count {count}` is too small for the {features} features of {name}\n\nhint: take at least {}; published \
+             figures use 10000 or 50000",
+            ENOUGH * features
+        )));
+    }
+    if count < ENOUGH * features {
+        eprintln!(
+            "warning: with {count} images and {features} features the Fréchet distance is mostly bias; look at `kid`, or \
+             take at least {}",
+            ENOUGH * features
+        );
+    }
+    Ok(())
+}
+
+/// The first images of a file, with the classes that they were asked for.
+fn given(path: &Path, args: &EvalArgs, classes: Option<usize>) -> Result<Pictures> {
+    let range = args.range.split_once(',').and_then(|(a, b)| Some([a.parse().ok()?, b.parse::<f32>().ok()?]));
+    let Some([low, high]) = range.filter(|[low, high]| low < high && (high - low).is_finite()) else {
+        return Err(Error::Request(format!(
+            "got `--range {}`, expected two numbers: lower,upper",
+            args.range
+        )));
+    };
+    let images = npy::read(path)?;
+    let [n, c, h, w] = images.shape;
+    if n < args.count {
+        let problem = format!("it holds {n} images, expected {} from `--count`", args.count);
+        return Err(Error::content(path, problem));
+    }
+    let asked = match (args.classes, classes) {
+        (AskedClasses::Cycle, Some(classes)) => Some((0..args.count).map(|k| (k % classes) as u32).collect()),
+        _ => None,
+    };
+    Ok(Pictures::quantised([c, h, w], &images.values[..args.count * c * h * w], [low, high], asked))
+}
