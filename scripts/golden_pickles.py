@@ -43,8 +43,8 @@ def main():
     data = io.BytesIO()
     pickle.dump({"init_conv.conv1.0.weight": Code()}, data, protocol=2)
     with zipfile.ZipFile(folder / "code.pth", "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("code/data.pkl", data.getvalue())
-        archive.writestr("code/version", "3\n")
+        for name, content in (("data.pkl", data.getvalue()), ("version", "3\n")):
+            archive.writestr(zipfile.ZipInfo(f"code/{name}"), content)  # without the time of day
     for path in sorted(folder.iterdir()):
         print(f"  {path.name}: {path.stat().st_size} bytes")
 

@@ -10,6 +10,8 @@ from importlib import metadata
 from golden_common import FIXTURES, GOLDEN, PINS, ROOT
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CIFAR = FIXTURES / "cifar-10-batches-py"
+FOLDERS = [GOLDEN, CIFAR, CIFAR / "code", *(FIXTURES / name for name in ("pickles", "tiny-class", "tiny-ddpm"))]
 HOLDS = {
     GOLDEN / "bases.safetensors": (
         "golden_bases.py",
@@ -35,14 +37,22 @@ HOLDS = {
     GOLDEN / "ops.safetensors": ("golden_ops.py", "99 single operations: result and gradients; naming in the script's header"),
     GOLDEN / "schedule.safetensors": (
         "golden_schedule.py",
-        "betas and alphas_cumprod in f64; ten DDIM steps of tiny-class with every image and network output, plain"
-        " (`ddim.`) and clipped (`ddim_clip.`)",
+        "betas and alphas_cumprod in f64; ten steps of tiny-class with every image and network output, by DDIM (plain, clipped,"
+        " with the output read as velocity or image) and by ancestral sampling (both variances, velocity; with its noise)",
     ),
     GOLDEN / "unet_tiny_class.safetensors": (
         "golden_unet.py",
         "tiny-class: eps_pred at three timesteps, gradient of mean(eps_pred·cotangent) for every parameter and x_t",
     ),
     GOLDEN / "unet_tiny_ddpm.safetensors": ("golden_unet.py", "the same for tiny-ddpm"),
+    CIFAR / "code" / "data_batch_1": ("golden_cifar.py", "a pickle that would run a command"),
+    **{
+        CIFAR / name: ("golden_cifar.py", "CIFAR-10's Python version, one or two images per file")
+        for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+    },
+    FIXTURES / "pickles" / "celeba.pt": ("golden_pickles.py", "small CelebaUNet as a training program saves it"),
+    FIXTURES / "pickles" / "code.pth": ("golden_pickles.py", "a pickle that would run a command"),
+    FIXTURES / "pickles" / "mnist.pth": ("golden_pickles.py", "small ContextUnet as Conditional_Diffusion_MNIST saves it"),
     FIXTURES / "tiny-class" / "config.json": ("golden_unet.py", "the bundled base in small: 12x12x1, 10 classes + none"),
     FIXTURES / "tiny-class" / WEIGHTS: ("golden_unet.py", "random weights, 52,337 numbers"),
     FIXTURES / "tiny-class" / "scheduler_config.json": ("golden_unet.py", "linear, 1000 steps"),
@@ -59,8 +69,10 @@ Reference values by PyTorch and diffusers, numpy and scipy, computed in f64 from
 ## Regenerate
 
 ```sh
-python3 -m venv target/golden && target/golden/bin/pip install -r scripts/golden-metrics-requirements.txt
-for subject in unet bases schedule losses ops batch_norm noise metrics readme; do target/golden/bin/python scripts/golden_$subject.py; done
+scripts/setup pytorch && . scripts/env && "$DMD_PYTORCH" -m pip install -r scripts/golden-metrics-requirements.txt
+for subject in unet bases schedule losses ops batch_norm noise metrics pickles cifar readme; do
+    "$DMD_PYTORCH" scripts/golden_$subject.py
+done
 ```
 
 The same bytes came out of repeated runs; another processor may change a last bit. Made with
@@ -84,8 +96,8 @@ The same bytes came out of repeated runs; another processor may change a last bi
 
 def main():
     """Writes the page; stops where a file is missing or not described."""
-    folders = (GOLDEN, FIXTURES / "tiny-class", FIXTURES / "tiny-ddpm")
-    present = {path for folder in folders for path in folder.iterdir() if path.name != "README.md"}
+    paths = (path for folder in FOLDERS for path in folder.iterdir())
+    present = {path for path in paths if path.is_file() and path.name != "README.md"}
     if present != set(HOLDS):
         sys.exit(f"error: files and descriptions differ: {sorted(map(str, present ^ set(HOLDS)))}")
     rows = []

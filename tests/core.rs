@@ -192,6 +192,44 @@ fn core_understands_the_files_that_diffusers_writes() -> Result<()> {
     Ok(())
 }
 
+/// `config.json` of google/ddpm-celebahq-256, which ddpm-church-256 and ddpm-bedroom-256 share but for their history.
+const CELEBAHQ: &str = r#"{"_class_name":"UNet2DModel","_diffusers_version":"0.0.4","act_fn":"silu",
+    "attention_head_dim":null,"block_out_channels":[128,128,256,256,512,512],"center_input_sample":false,
+    "down_block_types":["DownBlock2D","DownBlock2D","DownBlock2D","DownBlock2D","AttnDownBlock2D","DownBlock2D"],
+    "downsample_padding":0,"flip_sin_to_cos":false,"freq_shift":1,"in_channels":3,"layers_per_block":2,
+    "mid_block_scale_factor":1,"norm_eps":1e-06,"norm_num_groups":32,"out_channels":3,"sample_size":256,
+    "time_embedding_type":"positional",
+    "up_block_types":["UpBlock2D","AttnUpBlock2D","UpBlock2D","UpBlock2D","UpBlock2D","UpBlock2D"]}"#;
+
+/// What diffusers' example of unconditional training writes (0.42, `--resolution 64`).
+const EXAMPLE: &str = r#"{"_class_name":"UNet2DModel","_diffusers_version":"0.42.1","act_fn":"silu",
+    "add_attention":true,"attention_head_dim":8,"attn_norm_num_groups":null,"block_out_channels":[128,128,256,256,512,512],
+    "center_input_sample":false,"class_embed_type":null,
+    "down_block_types":["DownBlock2D","DownBlock2D","DownBlock2D","DownBlock2D","AttnDownBlock2D","DownBlock2D"],
+    "downsample_padding":1,"downsample_type":"conv","dropout":0.0,"flip_sin_to_cos":true,"freq_shift":0,"in_channels":3,
+    "layers_per_block":2,"mid_block_scale_factor":1,"mid_block_type":"UNetMidBlock2D","norm_eps":1e-05,
+    "norm_num_groups":32,"num_class_embeds":null,"num_train_timesteps":null,"out_channels":3,
+    "resnet_time_scale_shift":"default","sample_size":64,"time_embedding_dim":null,"time_embedding_type":"positional",
+    "up_block_types":["UpBlock2D","AttnUpBlock2D","UpBlock2D","UpBlock2D","UpBlock2D","UpBlock2D"],
+    "upsample_type":"conv"}"#;
+
+/// Counts: `UNet2DModel(...).num_parameters()` and `len(state_dict())` by diffusers 0.42.1.
+#[test]
+fn configurations_of_published_models_are_read() -> Result<()> {
+    let larger = EXAMPLE.replace("\"sample_size\":64", "\"sample_size\":128");
+    for (text, side, heads, eps) in
+        [(CELEBAHQ, 256, 1, 1e-6), (EXAMPLE, 64, 64, 1e-5), (larger.as_str(), 128, 64, 1e-5)]
+    {
+        let config = ModelConfig::from_json(text)?;
+        let summary = summarise(&config)?;
+        assert_eq!((summary.parameter_count(), summary.parameters.len()), (113_673_219, 450));
+        let ModelConfig::UNet2D(unet) = &config else { anyhow::bail!("{config:?}") };
+        assert_eq!((config.image_shape(), unet.heads(512), unet.norm_eps), ([3, side, side], heads, eps));
+        assert_eq!(ModelConfig::from_json(&serde_json::to_string(&config)?)?, config);
+    }
+    Ok(())
+}
+
 #[test]
 fn the_golden_readme_lists_every_file_with_its_hash() -> Result<()> {
     let root = repository();
@@ -206,11 +244,13 @@ fn the_golden_readme_lists_every_file_with_its_hash() -> Result<()> {
         ensure!(root.join("scripts").join(script).is_file(), "`{path}` names `{script}`, which is missing");
         listed.push(root.join(path));
     }
-    for folder in [root.join("tests/golden"), fixture("tiny-ddpm"), fixture("tiny-class")] {
+    let fixtures = ["cifar-10-batches-py", "cifar-10-batches-py/code", "pickles", "tiny-class", "tiny-ddpm"]
+        .map(fixture);
+    for folder in fixtures.into_iter().chain([root.join("tests/golden")]) {
         for entry in std::fs::read_dir(&folder)? {
             let path = entry?.path();
             ensure!(
-                listed.contains(&path) || path.ends_with("README.md"),
+                listed.contains(&path) || path.is_dir() || path.ends_with("README.md"),
                 "`{}` is not listed in tests/golden/README.md",
                 path.display()
             );

@@ -1,17 +1,19 @@
 //! Exported graphs against diffusers' goldens, the exporter's own unfolded evaluation, and the file contract. Files
-//! are run by tract here; `scripts/check_onnx.py` runs them with onnxruntime and the ONNX reference evaluator.
+//! are run by tract here, generators by onnxruntime too; `scripts/check_onnx.py` adds the ONNX reference evaluator.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use dmd_core::card::{CARD_KEY, GeneratorConfig, ModelCard};
+use dmd_core::card::{CARD_KEY, GeneratorConfig, ModelCard, Provenance};
 use dmd_core::compare::Tolerance;
 use dmd_core::net::shapes::summarise;
 use dmd_core::net::{Conv2d, Ops};
+use dmd_core::schedule::Prediction;
 use dmd_export::partial::{Exporter, Known, Value};
 use dmd_export::{Array, Checkpoint, Kind, evaluate, export};
+use dmd_runtime_native::{Batch, ModelFile, Options, Provider};
 use dmd_tests::operations::Operation;
-use dmd_tests::{Golden, compare, fixture};
+use dmd_tests::{Golden, compare, fixture, seeded};
 use tract_onnx::pb::{GraphProto, ModelProto, OperatorSetIdProto};
 use tract_onnx::prelude::*;
 
@@ -60,6 +62,18 @@ fn run_model(model: InferenceModel, inputs: Vec<TVec<TValue>>) -> Result<Vec<Vec
         Ok(plan.run(inputs)?[0].to_plain_array_view::<f32>()?.iter().copied().collect())
     };
     inputs.into_iter().map(run).collect()
+}
+
+/// Runs a generator's file by onnxruntime on batches of noise and classes, which it may not take.
+fn by_onnxruntime(bytes: &[u8], batches: &[(&Array, &[usize])]) -> Result<Vec<Vec<f32>>> {
+    let options = Options { provider: Provider::Cpu, threads: Some(1), ort_lib: None };
+    let mut model =
+        dmd_runtime_native::Model::load(ModelFile::parse("generator", bytes.to_vec())?, &options)?;
+    let run = |(z, class): &(&Array, &[usize])| {
+        let (n, class) = (class.len(), class.iter().map(|c| *c as i64).collect::<Vec<_>>());
+        Ok(model.evaluate(&Batch { n, x: &z.data, t: &vec![0.0; n], class: &class })?)
+    };
+    batches.iter().map(run).collect()
 }
 
 /// A graph without a card, for single operations.
@@ -116,6 +130,75 @@ fn folded_equals_unfolded_for_every_class_and_batch() -> Result<()> {
     for ((z, class), got) in inputs.iter().zip(&batches).zip(got) {
         let expected = evaluate::x_gen(&checkpoint, z, Some(class))?;
         compare(&format!("classes {class:?}"), &got, &expected.data, GOLDEN)?;
+    }
+    Ok(())
+}
+
+/// The image that each kind of prediction implies: Ho et al. 2020 (arXiv:2006.11239), Eq. 15, and Salimans and Ho 2022
+/// (arXiv:2202.00512), appendix D, written out here.
+#[test]
+fn generators_of_every_prediction_make_the_image_it_implies() -> Result<()> {
+    for prediction in [Prediction::Epsilon, Prediction::Sample, Prediction::Velocity] {
+        let mut checkpoint = generator("tiny-class", 440, 0.8)?;
+        checkpoint.schedule.prediction_type = prediction;
+        let (alpha, sigma) = (checkpoint.one_step()?.alpha_t as f32, checkpoint.one_step()?.sigma_t as f32);
+        let class = [3, 10, 0];
+        let z = noise(&[3, 1, 12, 12], 11);
+        let x_t = Array { data: z.data.iter().map(|z| 0.8 * z).collect(), ..z.clone() };
+        let output = evaluate::eps_pred(&checkpoint, &x_t, &[440.0], Some(&class))?;
+        let image = |(x_t, output): (&f32, &f32)| match prediction {
+            Prediction::Epsilon => (x_t - sigma * output) / alpha,
+            Prediction::Sample => *output,
+            Prediction::Velocity => alpha * x_t - sigma * output,
+        };
+        let expected: Vec<f32> = x_t.data.iter().zip(&output.data).map(image).collect();
+        let evaluated = evaluate::x_gen(&checkpoint, &z, Some(&class))?;
+        compare(&format!("{prediction:?}, evaluated"), &evaluated.data, &expected, Tolerance::LAYER)?;
+        let bytes = export(&checkpoint, Kind::Generator)?.bytes;
+        let got = &run(&bytes, vec![tvec![tensor(&z)?, class_tensor(&class)?]])?[0];
+        compare(&format!("{prediction:?}, by tract"), got, &expected, GOLDEN)?;
+        let got = &by_onnxruntime(&bytes, &[(&z, &class)])?[0];
+        compare(&format!("{prediction:?}, by onnxruntime"), got, &expected, GOLDEN)?;
+    }
+    Ok(())
+}
+
+/// Networks and weights of `scripts/golden_bases.py`, whose own outputs tests/bases.rs compares with PyTorch.
+#[test]
+fn folded_equals_unfolded_for_the_reference_networks() -> Result<()> {
+    let golden = Golden::load("bases")?;
+    for (case, t_gen, schedule) in [
+        ("small-mnist", 180, r#"{"num_train_timesteps": 400}"#),
+        ("small-celeba", 30, r#"{"num_train_timesteps": 50}"#),
+    ] {
+        let (config, seed) = seeded::case(&golden.cases()?[case])?;
+        let weights = seeded::weights(&config, seed)?.into_iter();
+        let checkpoint = Checkpoint {
+            weights: weights
+                .map(|(name, t)| Ok((name, Array::new(&t.shape, t.data)?)))
+                .collect::<Result<_>>()?,
+            config,
+            schedule: serde_json::from_str(schedule)?,
+            generator: Some(GeneratorConfig { t_gen, input_scale: 0.9 }),
+            provenance: Provenance::named(case.to_owned()),
+        };
+        let (rows, shape) = (checkpoint.config.class_rows(), checkpoint.config.image_shape());
+        let mut classes: Vec<Vec<usize>> = (0..rows.unwrap_or(1)).map(|class| vec![class]).collect();
+        classes.extend([2, 7].map(|n| (0..n).map(|i| (3 * i + 1) % rows.unwrap_or(1)).collect()));
+        let z = |(i, class): (u32, &Vec<usize>)| noise(&[&[class.len()], &shape[..]].concat(), i);
+        let z: Vec<Array> = (0..).zip(&classes).map(z).collect();
+        let batches: Vec<(&Array, &[usize])> = z.iter().zip(classes.iter().map(Vec::as_slice)).collect();
+        let bytes = export(&checkpoint, Kind::Generator)?.bytes;
+        let feed = |(z, class): &(&Array, &[usize])| -> Result<TVec<TValue>> {
+            Ok(if rows.is_some() { tvec![tensor(z)?, class_tensor(class)?] } else { tvec![tensor(z)?] })
+        };
+        let by_tract = run(&bytes, batches.iter().map(feed).collect::<Result<_>>()?)?;
+        let by_ort = by_onnxruntime(&bytes, &batches)?;
+        for (((z, class), by_tract), by_ort) in batches.into_iter().zip(by_tract).zip(by_ort) {
+            let expected = evaluate::x_gen(&checkpoint, z, rows.map(|_| class))?.data;
+            compare(&format!("{case}, classes {class:?} by tract"), &by_tract, &expected, GOLDEN)?;
+            compare(&format!("{case}, classes {class:?} by onnxruntime"), &by_ort, &expected, GOLDEN)?;
+        }
     }
     Ok(())
 }

@@ -13,6 +13,9 @@ use anyhow::{Context, Result, bail, ensure};
 use dmd_core::compare::{Tolerance, close};
 use safetensors::{Dtype, SafeTensors};
 
+/// Largest gradient of a parameter without effect.
+const ROUNDING_NOISE: f32 = 1e-6;
+
 /// The contents of one file of `tests/golden`, by tensor name.
 #[derive(Clone, Debug)]
 pub struct Golden {
@@ -200,6 +203,17 @@ pub fn compare(what: &str, got: &[f32], expected: &[f32], tolerance: Tolerance) 
 pub fn compare_scaled(what: &str, got: &[f32], expected: &[f32], relative: f32, floor: f32) -> Result<()> {
     let largest = expected.iter().fold(0.0f32, |largest, v| largest.max(v.abs()));
     compare(what, got, expected, Tolerance { abs: (relative * largest).max(floor), rel: 0.0 })
+}
+
+/// [`compare`] for the gradient of the parameter or input `name`: the error allowed is `relative` times the largest
+/// expected value. The gradient of a `to_k.bias` is 0 in exact arithmetic, so that only its size is bounded
+/// (tests/golden/README.md).
+///
+/// # Errors
+/// If an element is outside the tolerance.
+pub fn compare_gradient(what: &str, name: &str, got: &[f32], expected: &[f32], relative: f32) -> Result<()> {
+    let floor = if name.ends_with("to_k.bias") { ROUNDING_NOISE } else { 0.0 };
+    compare_scaled(&format!("{what}, gradient of {name}"), got, expected, relative, floor)
 }
 
 /// The built binary `name` of another package of the workspace, from the profile that this test was built in.

@@ -91,7 +91,7 @@ fn ddpm_mnist_is_trained_from_idx_files_with_statistics_that_move() -> Result<()
         "the statistics did not move"
     );
     let sampled =
-        run_bin("dmd-distill", folder.path(), &["sample", "t/teacher", "--steps", "1", "--count", "2"])?;
+        run_bin("dmd-distill", folder.path(), ["sample", "t/teacher", "--steps", "1", "--count", "2"])?;
     ensure!(sampled.code == Some(0), "{sampled:?}");
     Ok(())
 }

@@ -88,14 +88,15 @@ impl TryFrom<Map<String, Value>> for ScheduleConfig {
         };
         keys.only("rescale_betas_zero_snr", json!(false))?;
         keys.only("thresholding", json!(false))?;
-        for spacing_of_other_samplers in [
+        for of_no_consequence_here in [
             "dynamic_thresholding_ratio",
             "sample_max_value",
             "timestep_spacing",
             "steps_offset",
             "set_alpha_to_one",
+            "tensor_format", // 2022's choice between PyTorch and NumPy
         ] {
-            keys.0.remove(spacing_of_other_samplers);
+            keys.0.remove(of_no_consequence_here);
         }
         keys.finish()?;
         config.check()?;
@@ -287,6 +288,14 @@ mod tests {
             let config = read(text).unwrap();
             assert_eq!(read(&serde_json::to_string(&config).unwrap()).unwrap(), config, "{text}");
         }
+    }
+
+    #[test]
+    fn files_of_2022_are_read() {
+        let text = r#"{"_class_name":"DDPMScheduler","_diffusers_version":"0.2.4","beta_end":0.02,
+            "beta_schedule":"linear","beta_start":0.0001,"clip_sample":true,"num_train_timesteps":1000,"tensor_format":"pt",
+            "timestep_values":null,"trained_betas":null,"variance_type":"fixed_small"}"#;
+        assert_eq!(read(text).unwrap(), read("{}").unwrap());
     }
 
     #[test]

@@ -5,11 +5,15 @@ use std::collections::BTreeMap;
 use std::hint::black_box;
 
 use candle_core::{Device, Tensor, Var};
-use criterion::{Criterion, criterion_group, criterion_main};
-use dmd_core::net::{Activation, BatchNorm, Conv2d, ConvTranspose2d, GroupNorm, Linear, Ops, Pool};
+use criterion::{Criterion, criterion_group};
+use dmd_core::net::{
+    Activation, BatchNorm, Conv2d, ConvTranspose2d, Embedding, GroupNorm, Linear, Ops, Pool,
+    TimestepEmbedding,
+};
 use dmd_core::noise;
 use dmd_distill::base;
 use dmd_distill::cpu::{self, CpuOps, Value};
+use dmd_distill::device::quiet_candle_threads;
 use dmd_distill::distillation::{Distillation, Material};
 use dmd_distill::ops::Error;
 use dmd_distill::options::Recipe;
@@ -48,6 +52,9 @@ fn operation(
     group.bench_function("forward", |bench| {
         bench.iter(|| black_box(cpu::apply(&images, &weights, run).expect("a result")));
     });
+    if inputs.is_empty() && parameters.is_empty() {
+        return group.finish();
+    }
     let var = |t: &Tensor| Var::from_tensor(t).expect("a variable").as_tensor().clone();
     let tracked: Vec<Tensor> = images.iter().map(var).collect();
     let trained = weights.iter().map(|(name, t)| (name.clone(), var(t))).collect();
@@ -89,6 +96,22 @@ fn operations(c: &mut Criterion) {
     operation(c, "pointwise, 28x28", &[[32, 28]], &parameters, |ops, x| {
         ops.pointwise(&x[0], "layer", Linear { in_features: 32, out_features: 32 })
     });
+    let parameters = [("weight", &[64, 256][..]), ("bias", &[64][..])];
+    operation(c, "linear, 256 to 64", &[[256, 1]], &parameters, |ops, x| {
+        ops.linear(&x[0], "layer", Linear { in_features: 256, out_features: 64 })
+    });
+    let table = Embedding { rows: 11, features: 256, frozen: false };
+    operation(c, "embedding, 11 rows of 256", &[], &[("weight", &[11, 256][..])], move |ops, _| {
+        let rows: Vec<f32> = (0..BATCH).map(|i| (i % table.rows) as f32).collect();
+        let rows = ops.numbers(&rows);
+        ops.embedding(&rows, "layer", table)
+    });
+    let spec = TimestepEmbedding { features: 64, flip_sin_to_cos: true, freq_shift: 0.0 };
+    operation(c, "timestep_embedding, 64 features", &[], &[], move |ops, _| {
+        let t: Vec<f32> = (0..BATCH).map(|i| (i * 15) as f32).collect();
+        let t = ops.numbers(&t);
+        ops.timestep_embedding(&t, spec)
+    });
     let parameters = [("weight", &[32][..]), ("bias", &[32][..])];
     operation(c, "group_norm and SiLU, 28x28", &[[32, 28]], &parameters, |ops, x| {
         ops.group_norm(&x[0], "layer", GroupNorm { channels: 32, groups: 8, eps: 1e-5, silu: true })
@@ -110,6 +133,12 @@ fn operations(c: &mut Criterion) {
     }
     operation(c, "upsample_nearest2x, 14x14", &[[32, 14]], &[], |ops, x| ops.upsample_nearest2x(&x[0]));
     operation(c, "concat, 28x28", &[[32, 28], [32, 28]], &[], |ops, x| ops.concat(&x[0], &x[1]));
+    operation(c, "narrow to half, 28x28", &[[32, 28]], &[], |ops, x| ops.narrow(&x[0], 16, 16));
+    operation(c, "scale, 28x28", &[[32, 28]], &[], |ops, x| ops.scale(&x[0], 0.5));
+    operation(c, "add_bias, 28x28", &[[32, 28], [32, 1]], &[], |ops, x| ops.add_bias(&x[0], &x[1]));
+    operation(c, "scale_channels, 28x28", &[[32, 28], [32, 1]], &[], |ops, x| {
+        ops.scale_channels(&x[0], &x[1])
+    });
     operation(c, "add, 28x28", &[[32, 28], [32, 28]], &[], |ops, x| ops.add(&x[0], &x[1]));
     operation(c, "attention, 64 channels, 7x7", &[[64, 7], [64, 7], [64, 7]], &[], |ops, x| {
         ops.attention(&x[0], &x[1], &x[2], 1)
@@ -150,4 +179,9 @@ criterion_group! {
     config = Criterion::default().sample_size(10);
     targets = operations, dmd_update
 }
-criterion_main!(benches);
+
+fn main() {
+    quiet_candle_threads();
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+}

@@ -1,6 +1,6 @@
 //! The Rust side of `scripts/bench-vs-pytorch`: times training steps and forward passes on request.
 //!
-//! Arguments: a folder with `config.json` and weights, a safetensors file with `x_t`, `t`, `eps` and perhaps `class`.
+//! Without arguments, as `cargo bench` calls it, it says so and ends. Arguments: a folder with `config.json` and weights, a safetensors file with `x_t`, `t`, `eps` and perhaps `class`.
 //! For every line `train` or `forward` on standard input it prints seconds and loss, or seconds and mean.
 
 use std::collections::HashMap;
@@ -11,6 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use dmd_distill::checkpoint::{Checkpoint, Source};
+use dmd_distill::device::quiet_candle_threads;
 use dmd_distill::losses;
 use dmd_distill::network::Network;
 use dmd_distill::optimiser::{AdamW, AdamWConfig};
@@ -19,8 +20,16 @@ use dmd_distill::optimiser::{AdamW, AdamWConfig};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> Result<()> {
-    let arguments: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
-    let [folder, batch, ..] = arguments.as_slice() else { bail!("expected a model folder and a batch file") };
+    quiet_candle_threads();
+    // cargo passes flags of its own.
+    let names = std::env::args_os().skip(1).filter(|name| !name.to_string_lossy().starts_with('-'));
+    let arguments: Vec<PathBuf> = names.map(PathBuf::from).collect();
+    let [folder, batch] = arguments.as_slice() else {
+        println!(
+            "steps: times a model folder on a batch file for scripts/bench-vs-pytorch; got none, nothing to do"
+        );
+        return Ok(());
+    };
     let device = Device::Cpu;
     let base = Checkpoint::load(&Source::Folder(folder.clone()))?;
     let batch: HashMap<String, Tensor> = candle_core::safetensors::load(batch, &device)?;

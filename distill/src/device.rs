@@ -1,4 +1,4 @@
-//! `--device`: where tensors live.
+//! `--device`: where tensors live, and candle's threads.
 
 use candle_core::Device;
 
@@ -44,5 +44,14 @@ pub fn name(device: &Device) -> String {
     match device {
         Device::Cpu => format!("cpu, {} threads", rayon::current_num_threads()),
         other => format!("{:?}", other.location()),
+    }
+}
+
+/// Keeps candle's own thread pool, whose threads spin, from taking the cores that rayon's work runs on. For the first
+/// line of `main`, before any thread starts.
+#[expect(unsafe_code, reason = "candle is told by a variable only, and no other thread can read it yet")]
+pub fn quiet_candle_threads() {
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
 }

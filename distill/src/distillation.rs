@@ -9,13 +9,12 @@ use dmd_core::net::OneStep;
 use dmd_core::schedule::Schedule;
 
 use crate::checkpoint::Checkpoint;
-use crate::data::Dataset;
+pub use crate::draws::Material;
+use crate::draws::{CriticDraws, Dice, GeneratorDraws, Noise, RealBatch};
 use crate::error::Result;
 use crate::losses::{self, NoiseLevels};
-use crate::network::{Guidance, Network, Tensors, initial_discriminator};
+use crate::network::{Engine, Guidance, Network, Tensors, initial_discriminator};
 use crate::optimiser::{AdamW, AdamWConfig};
-use crate::pairs::Pairs;
-use crate::random::{Purpose, Random};
 use crate::teacher::part;
 use crate::train::DistillOptions;
 
@@ -23,14 +22,15 @@ use crate::train::DistillOptions;
 pub struct Distillation<'a> {
     options: &'a DistillOptions,
     schedule: Schedule,
+    dice: Dice<'a>,
     pub(crate) one_step: OneStep,
     pub(crate) classes: Option<usize>,
-    image: [usize; 3],
-    range: [f32; 2],
     teacher: Network,
     guidance: Option<Guidance>,
-    pub(crate) generator: Network,
-    fake: Network,
+    /// What becomes the one-step generator.
+    pub generator: Network,
+    /// The critic.
+    pub fake: Network,
     /// Views of the two trained networks that keep nothing for a backward pass.
     generator_view: Network,
     fake_view: Network,
@@ -39,15 +39,6 @@ pub struct Distillation<'a> {
     generator_optimiser: AdamW,
     fake_optimiser: AdamW,
     pub(crate) device: Device,
-}
-
-/// What updates learn from beside the teacher.
-#[derive(Default)]
-pub struct Material {
-    /// Noise-image pairs, for the regression loss.
-    pub pairs: Option<Pairs>,
-    /// Real images, for the adversarial loss.
-    pub real: Option<Dataset>,
 }
 
 /// What one update of the generator leaves, and of the critic after it.
@@ -109,14 +100,21 @@ impl<'a> Distillation<'a> {
             generator_optimiser.load("generator_optimiser", generator.variables(), tensors)?;
             fake_optimiser.load("fake_optimiser", fake.variables(), tensors)?;
         }
+        let dice = Dice {
+            options,
+            classes: base.class_count(),
+            image: base.config.image_shape(),
+            range: base.config.range(),
+            steps: schedule.num_train_timesteps(),
+            device: device.clone(),
+        };
         Ok(Self {
             options,
             one_step: OneStep::new(&config, &schedule)?,
             schedule,
-            classes: base.class_count(),
+            classes: dice.classes,
+            dice,
             guidance: Guidance::new(options.guidance, base.provenance.classes.as_ref())?,
-            image: base.config.image_shape(),
-            range: base.config.range(),
             teacher: Network::frozen(&base.config, &base.tensors, device)?.in_bf16_on_gpu(),
             generator_view: generator.without_gradient(),
             fake_view: fake.without_gradient().in_bf16_on_gpu(),
@@ -129,10 +127,21 @@ impl<'a> Distillation<'a> {
         })
     }
 
+    /// The same with all networks on another engine than the device's own.
+    pub fn on(mut self, engine: Engine) -> Self {
+        let networks = [&mut self.teacher, &mut self.generator, &mut self.fake, &mut self.judge];
+        for network in networks.into_iter().chain([&mut self.generator_view, &mut self.fake_view]) {
+            network.engine = engine;
+        }
+        self
+    }
+
     /// One update of the generator and those of the critic that follow it.
     pub fn update(&mut self, step: u64, material: &Material) -> Result<Update> {
-        let mut update = self.update_generator(step, material)?;
-        self.update_fake(step, material, &mut update)?;
+        let mut update = self.update_generator(&self.dice.generator(step, material)?)?;
+        for k in 0..self.options.fake_updates {
+            self.update_critic(&self.dice.critic(step, k, material)?, &mut update)?;
+        }
         Ok(update)
     }
 
@@ -142,81 +151,48 @@ impl<'a> Distillation<'a> {
         self.fake_optimiser.config.lr = self.options.lr_fake * factor;
     }
 
-    /// Noise and classes for a batch of generated images.
-    fn draw(&self, random: &mut Random) -> Result<(Tensor, Option<Tensor>)> {
-        let class = self.classes.map(|n| {
-            let classes: Vec<u32> = (0..self.options.batch).map(|_| random.below(n) as u32).collect();
-            Tensor::new(classes, &self.device)
-        });
-        let [c, h, w] = self.image;
-        Ok((random.normal_tensor(&[self.options.batch, c, h, w], &self.device)?, class.transpose()?))
-    }
-
-    /// Steps drawn uniformly from `from..to`, and noise.
-    fn noise(
-        &self,
-        random: &mut Random,
-        from: usize,
-        to: usize,
-        x: &Tensor,
-    ) -> Result<(NoiseLevels, Tensor)> {
-        let t: Vec<u32> = (0..x.dims()[0]).map(|_| (from + random.below(to - from)) as u32).collect();
-        let levels = NoiseLevels::new(&self.schedule, &t, &self.device)?;
-        Ok((levels, random.normal_tensor(x.dims(), &self.device)?))
-    }
-
-    /// Algorithm 1, lines 5 to 13: distribution matching on fresh noise, regression on pairs; DMD2's adversarial loss.
-    fn update_generator(&mut self, step: u64, material: &Material) -> Result<Update> {
-        let o = self.options;
-        let mut random = Random::new(o.seed, Purpose::Generator, step);
-        let (z, class) = self.draw(&mut random)?;
-        let x_gen = self.generator.one_step(&self.one_step, &z, class.as_ref())?;
-        let detached = x_gen.detach();
-        let [from, to] = self.matching_steps();
-        let (levels, eps) = self.noise(&mut random, from, to, &detached)?;
-        let gradient = self.matching_gradient(&detached, class.as_ref(), &levels, &eps)?;
-        let dm = losses::distribution_matching(&x_gen, &gradient)?;
-        let mut update = Update::new(detached, class, scalar(&dm)?);
-        let mut loss = (dm * o.dm_weight)?;
-        if let Some(pairs) = &material.pairs {
-            let indices: Vec<usize> = (0..o.batch).map(|_| random.below(pairs.count())).collect();
-            let (z, y, class) = pairs.batch(&indices, &self.device)?;
-            let x_ref = self.generator.one_step(&self.one_step, &z, class.as_ref())?;
-            let regression = losses::regression(&x_ref, &y, o.reg)?;
-            update.reg = scalar(&regression)?;
-            loss = (loss + (regression * o.lambda_reg)?)?;
-        }
-        if o.gan_weight > 0.0 {
-            let mut random = Random::new(o.seed, Purpose::Adversarial, step);
-            let (levels, eps) = self.noise(&mut random, 0, self.schedule.num_train_timesteps(), &x_gen)?;
-            let x_t = levels.noisy(&x_gen, &eps)?;
-            let logit = self.judge.logit(&x_t, &levels.t, update.class.as_ref())?;
-            let adversarial = losses::adversarial(&logit)?;
-            update.adversarial = scalar(&adversarial)?;
-            loss = (loss + (adversarial * o.gan_weight)?)?;
-        }
+    /// Algorithm 1, lines 5 to 13.
+    pub fn update_generator(&mut self, draws: &GeneratorDraws) -> Result<Update> {
+        let (loss, mut update) = self.generator_loss(draws)?;
         let grads = loss.backward()?;
         update.norm = self.generator_optimiser.step(self.generator.variables(), &grads)?;
         Ok(update)
     }
 
-    /// First and last but one of the steps at which distributions are matched.
-    fn matching_steps(&self) -> [usize; 2] {
-        let total = self.schedule.num_train_timesteps() as f64;
-        let [from, to] =
-            [self.options.t_min, self.options.t_max].map(|share| (share * total).round() as usize);
-        [from, to.max(from + 1)]
+    /// What the generator minimises: distribution matching on fresh noise, regression on pairs, DMD2's adversarial loss.
+    pub fn generator_loss(&self, draws: &GeneratorDraws) -> Result<(Tensor, Update)> {
+        let (o, class) = (self.options, draws.input.class.as_ref());
+        let x_gen = self.generator.one_step(&self.one_step, &draws.input.z, class)?;
+        let detached = x_gen.detach();
+        let gradient = self.matching_gradient(&detached, class, &draws.matching)?;
+        let dm = losses::distribution_matching(&x_gen, &gradient)?;
+        let mut update = Update::new(detached, class.cloned(), scalar(&dm)?);
+        let mut loss = (dm * o.dm_weight)?;
+        if let Some(pairs) = &draws.pairs {
+            let x_ref =
+                self.generator.one_step(&self.one_step, &pairs.input.z, pairs.input.class.as_ref())?;
+            let regression = losses::regression(&x_ref, &pairs.y, o.reg)?;
+            update.reg = scalar(&regression)?;
+            loss = (loss + (regression * o.lambda_reg)?)?;
+        }
+        if let Some(noise) = &draws.adversarial {
+            let levels = self.levels(noise)?;
+            let x_t = levels.noisy(&x_gen, &noise.eps)?;
+            let adversarial = losses::adversarial(&self.judge.logit(&x_t, &levels.t, class)?)?;
+            update.adversarial = scalar(&adversarial)?;
+            loss = (loss + (adversarial * o.gan_weight)?)?;
+        }
+        Ok((loss, update))
+    }
+
+    fn levels(&self, noise: &Noise) -> Result<NoiseLevels> {
+        NoiseLevels::new(&self.schedule, &noise.t, &self.dice.device)
     }
 
     /// Eq. 7 and 8 at noisy versions of generated images.
-    fn matching_gradient(
-        &self,
-        x_gen: &Tensor,
-        class: Option<&Tensor>,
-        levels: &NoiseLevels,
-        eps: &Tensor,
-    ) -> Result<Tensor> {
-        let x_t = levels.noisy(x_gen, eps)?;
+    pub fn matching_gradient(&self, x_gen: &Tensor, class: Option<&Tensor>, noise: &Noise) -> Result<Tensor> {
+        let levels = self.levels(noise)?;
+        let x_t = levels.noisy(x_gen, &noise.eps)?;
         let real = self.teacher.predict_guided(&x_t, &levels.t, class, self.guidance)?;
         let fake = self.fake_view.predict(&x_t, &levels.t, class)?;
         let (x0_real, x0_fake) = (levels.x0(&x_t, &real)?, levels.x0(&x_t, &fake)?);
@@ -227,59 +203,47 @@ impl<'a> Distillation<'a> {
         }
     }
 
-    /// Algorithm 1, lines 14 to 17: the critic learns to denoise generated images, and to tell them from real ones. The
-    /// first update sees the batch of the generator update, the others fresh ones.
-    fn update_fake(&mut self, step: u64, material: &Material, update: &mut Update) -> Result<()> {
-        let updates = self.options.fake_updates;
-        for k in 0..updates {
-            let number = step * updates + k;
-            let mut random = Random::new(self.options.seed, Purpose::Critic, number);
-            let (x_gen, class) = if k == 0 {
-                (update.x_gen.clone(), update.class.clone())
-            } else {
-                let (z, class) = self.draw(&mut random)?;
-                (self.generator_view.one_step(&self.one_step, &z, class.as_ref())?, class)
-            };
-            let total = self.schedule.num_train_timesteps();
-            let (levels, eps) = self.noise(&mut random, 0, total, &x_gen)?;
-            let x_t = levels.noisy(&x_gen, &eps)?;
-            let prediction = self.fake.predict(&x_t, &levels.t, class.as_ref())?;
-            let denoising = losses::denoising(&prediction, &levels.target(&x_gen, &eps)?)?;
-            update.fake += scalar(&denoising)? / updates as f64;
-            let mut loss = denoising;
-            if let Some(real) = &material.real {
-                let discrimination = self.discrimination(number, real, &x_gen, class.as_ref())?;
-                update.discrimination += scalar(&discrimination)? / updates as f64;
-                loss = (loss + (discrimination * self.options.gan_weight_fake)?)?;
-            }
-            let norm = self.fake_optimiser.step(self.fake.variables(), &loss.backward()?)?;
-            update.fake_norm += norm / updates as f64;
-        }
+    /// Algorithm 1, lines 14 to 17; adds to the means of the update that it follows.
+    pub fn update_critic(&mut self, draws: &CriticDraws, update: &mut Update) -> Result<()> {
+        let loss = self.critic_loss(draws, update)?;
+        let norm = self.fake_optimiser.step(self.fake.variables(), &loss.backward()?)?;
+        update.fake_norm += norm / self.options.fake_updates as f64;
         Ok(())
     }
 
-    /// The discriminator's loss on generated and as many real images, noisy at steps of their own.
-    fn discrimination(
-        &self,
-        number: u64,
-        real: &Dataset,
-        x_gen: &Tensor,
-        class: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let mut random = Random::new(self.options.seed, Purpose::Real, number);
-        let n = x_gen.dims()[0];
-        let indices: Vec<usize> = (0..n).map(|_| random.below(real.len())).collect();
-        let images = real.batch(&indices, self.range, &self.device)?;
-        let class = match class {
-            None => None,
-            Some(class) => {
-                let labels: Vec<u32> = indices.iter().map(|i| u32::from(real.labels[*i])).collect();
-                Some(Tensor::cat(&[class, &Tensor::new(labels, &self.device)?], 0)?)
+    /// What the critic minimises: it learns to denoise generated images, and to tell them from real ones.
+    pub fn critic_loss(&self, draws: &CriticDraws, update: &mut Update) -> Result<Tensor> {
+        let updates = self.options.fake_updates as f64;
+        let (x_gen, class) = match &draws.input {
+            None => (update.x_gen.clone(), update.class.clone()),
+            Some(input) => {
+                let class = input.class.as_ref();
+                (self.generator_view.one_step(&self.one_step, &input.z, class)?, class.cloned())
             }
         };
-        let both = Tensor::cat(&[x_gen, &images], 0)?;
-        let (levels, eps) = self.noise(&mut random, 0, self.schedule.num_train_timesteps(), &both)?;
-        let logits = self.fake.logit(&levels.noisy(&both, &eps)?, &levels.t, class.as_ref())?;
+        let (levels, eps) = (self.levels(&draws.noise)?, &draws.noise.eps);
+        let prediction = self.fake.predict(&levels.noisy(&x_gen, eps)?, &levels.t, class.as_ref())?;
+        let mut loss = losses::denoising(&prediction, &levels.target(&x_gen, eps)?)?;
+        update.fake += scalar(&loss)? / updates;
+        if let Some(real) = &draws.real {
+            let discrimination = self.discrimination(real, &x_gen, class.as_ref())?;
+            update.discrimination += scalar(&discrimination)? / updates;
+            loss = (loss + (discrimination * self.options.gan_weight_fake)?)?;
+        }
+        Ok(loss)
+    }
+
+    /// The discriminator's loss on generated and as many real images, noisy at steps of their own.
+    fn discrimination(&self, real: &RealBatch, x_gen: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
+        let n = x_gen.dims()[0];
+        let class = match (class, &real.class) {
+            (Some(generated), Some(real)) => Some(Tensor::cat(&[generated, real], 0)?),
+            _ => None,
+        };
+        let both = Tensor::cat(&[x_gen, &real.images], 0)?;
+        let levels = self.levels(&real.noise)?;
+        let x_t = levels.noisy(&both, &real.noise.eps)?;
+        let logits = self.fake.logit(&x_t, &levels.t, class.as_ref())?;
         losses::discrimination(&logits.narrow(0, n, n)?, &logits.narrow(0, 0, n)?)
     }
 

@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod data;
 pub mod device;
 pub mod distillation;
+pub mod draws;
 pub mod error;
 pub mod eval;
 pub mod files;

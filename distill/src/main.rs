@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use dmd_distill::commands;
+use dmd_distill::device::quiet_candle_threads;
 use dmd_distill::error::{Error, Result};
 use dmd_distill::options::{Cli, Command};
 
@@ -30,13 +31,5 @@ fn run(cli: Cli) -> Result<()> {
         Some(Command::Sample(args)) => commands::sample(&args),
         Some(Command::Classifier(args)) => dmd_distill::classifier::run(&args),
         Some(Command::Eval(args)) => dmd_distill::eval::run(&args),
-    }
-}
-
-/// Keeps candle's own thread pool, whose threads spin, from taking the cores that rayon's work runs on.
-#[expect(unsafe_code, reason = "set_var is safe here: no other thread has started yet")]
-fn quiet_candle_threads() {
-    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
-        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
 }

@@ -16,10 +16,28 @@ use crate::statistics::BatchStatistics;
 /// Tensors by checkpoint name.
 pub type Tensors = BTreeMap<String, Tensor>;
 
+/// What runs a network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// [`crate::cpu`]: the project's own kernels, in the CPU's memory.
+    Kernels,
+    /// [`crate::ops`]: compositions of candle's operations, on every device.
+    Compositions,
+}
+
+impl Engine {
+    /// The one that is meant for a device.
+    pub fn of(device: &Device) -> Self {
+        if device.is_cpu() { Self::Kernels } else { Self::Compositions }
+    }
+}
+
 /// A denoiser and its weights.
 pub struct Network {
     /// What the weights describe.
     pub config: ModelConfig,
+    /// The device's own, unless it is changed: tests run what GPUs use on the CPU.
+    pub engine: Engine,
     parameters: Tensors,
     variables: Vec<(String, Var)>,
     device: Device,
@@ -62,17 +80,15 @@ impl Network {
         for (name, tensor) in tensors {
             parameters.insert(name.clone(), tensor.to_device(device)?.detach());
         }
-        Ok(Self {
-            config: config.clone(),
-            parameters,
-            variables: Vec::new(),
-            device: device.clone(),
-            dtype: DType::F32,
-            statistics: None,
-        })
+        Ok(Self::new(config.clone(), parameters, Vec::new(), device))
     }
 
-    /// A copy of the weights as variables, in the order of their names; statistics and fixed tables stay as they are.
+    fn new(config: ModelConfig, parameters: Tensors, variables: Vec<(String, Var)>, device: &Device) -> Self {
+        let (engine, device) = (Engine::of(device), device.clone());
+        Self { config, engine, parameters, variables, device, dtype: DType::F32, statistics: None }
+    }
+
+    /// A copy of the weights as variables, in the order of their names; what training never changes stays as it is.
     pub fn trainable(config: &ModelConfig, tensors: &Tensors, device: &Device) -> Result<Self> {
         let frozen = shapes::summarise(config)?.frozen;
         let (mut parameters, mut variables) = (Tensors::new(), Vec::new());
@@ -85,8 +101,7 @@ impl Network {
             parameters.insert(name.clone(), var.as_tensor().clone());
             variables.push((name.clone(), var));
         }
-        let (config, device) = (config.clone(), device.clone());
-        Ok(Self { config, parameters, variables, device, dtype: DType::F32, statistics: None })
+        Ok(Self::new(config.clone(), parameters, variables, device))
     }
 
     /// While a base is trained, BatchNorm normalises by the statistics of its own batch, and [`Self::update_statistics`] moves the
@@ -106,8 +121,8 @@ impl Network {
     /// The same weights, following every later update, without gradients: nothing is kept for a backward pass.
     pub fn without_gradient(&self) -> Self {
         let parameters = self.parameters.iter().map(|(name, t)| (name.clone(), t.detach())).collect();
-        let (config, device, dtype) = (self.config.clone(), self.device.clone(), self.dtype);
-        Self { config, parameters, variables: Vec::new(), device, dtype, statistics: None }
+        let (engine, dtype) = (self.engine, self.dtype);
+        Self { engine, dtype, ..Self::new(self.config.clone(), parameters, Vec::new(), &self.device) }
     }
 
     /// Predicts noise in bf16 on a GPU, half the time and memory; the weights it follows stay f32. For networks whose
@@ -123,7 +138,7 @@ impl Network {
     /// # Shapes
     /// `x_t` `[n, c, h, w]`, `t` `[n]` or `[1]` f32, `class` `[n]` u32; returns `[n, c, h, w]`.
     pub fn predict(&self, x_t: &Tensor, t: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
-        if !self.device.is_cpu() {
+        if self.engine == Engine::Compositions {
             let mut ops = CandleOps::new(&self.parameters, &self.device).in_type(self.dtype);
             if let Some(statistics) = &self.statistics {
                 ops.use_batch_statistics(statistics.clone());
@@ -171,7 +186,7 @@ impl Network {
     /// # Shapes
     /// Arguments as [`Self::predict`]; returns `[n, 1, 1, 1]`.
     pub fn logit(&self, x_t: &Tensor, t: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
-        if !self.device.is_cpu() {
+        if self.engine == Engine::Compositions {
             let mut ops = CandleOps::new(&self.parameters, &self.device);
             return Ok(discriminator::logit(&mut ops, &self.config, x_t, t, class)?);
         }
@@ -187,7 +202,7 @@ impl Network {
     /// # Shapes
     /// `z` `[n, c, h, w]` standard normal, `class` `[n]` u32; returns `[n, c, h, w]` in the model's range.
     pub fn one_step(&self, generator: &OneStep, z: &Tensor, class: Option<&Tensor>) -> Result<Tensor> {
-        if !self.device.is_cpu() {
+        if self.engine == Engine::Compositions {
             let mut ops = CandleOps::new(&self.parameters, &self.device);
             return Ok(one_step(&mut ops, &self.config, generator, z, class)?);
         }

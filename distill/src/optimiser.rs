@@ -162,7 +162,8 @@ impl Ema {
         self.updates += 1;
         for (name, tensor) in tensors {
             if let Some(average) = self.tensors.get_mut(name) {
-                *average = ((&*average * decay)? + (tensor.detach() * (1.0 - decay))?)?;
+                let before = average.to_device(tensor.device())?; // read from a file, it is in the CPU's memory
+                *average = ((before * decay)? + (tensor.detach() * (1.0 - decay))?)?;
             }
         }
         Ok(())

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use candle_core::pickle::{self, Object, Stack};
+use dmd_core::legacy;
 use dmd_core::net::shapes::Summary;
 use serde_json::Value;
 
@@ -28,9 +29,6 @@ pub const NAMES: [&str; 6] = [
 const PREFIXES: [&str; 5] = ["nn_model.", "network.", "module.", "model.", "unet."];
 /// Keys under which a training program's checkpoint may hold the weights.
 const STATE_KEYS: [&str; 6] = ["state_dict", "model_state_dict", "model", "ema", "unet", "ddpm"];
-/// Attention layers before diffusers 0.17, and now.
-const LEGACY: [(&str, &str); 4] =
-    [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
 /// What a pickle of tensors refers to; anything else would be code.
 const HARMLESS: [&str; 5] = ["collections", "torch", "torch._utils", "torch._tensor", "torch.storage"];
 
@@ -182,13 +180,8 @@ pub fn rename(tensors: Tensors, summary: &Summary) -> Result<Tensors> {
         if bare.ends_with(".num_batches_tracked") {
             continue;
         }
-        let current = LEGACY.iter().fold(bare.clone(), |name, (old, new)| name.replace(old, new));
-        let name = if summary.parameters.contains_key(&bare) { bare } else { current };
-        let tensor = match (summary.parameters.get(&name).map(Vec::as_slice), tensor.dims()) {
-            (Some(expected @ [o, i]), [a, b, 1, 1]) if (o, i) == (a, b) => tensor.reshape(expected)?,
-            _ => tensor,
-        };
-        renamed.insert(name, tensor);
+        let (name, shape) = legacy::current(summary, &bare, tensor.dims());
+        renamed.insert(name, tensor.reshape(shape)?);
     }
     Ok(renamed)
 }

@@ -1,6 +1,6 @@
 //! Turns a checkpoint into one ONNX file by partial evaluation of the network description in core.
 //!
-//! [`weights`] reads a checkpoint; [`partial`] and [`ops`] run the description on "constant, per-class table or graph
+//! [`weights`] and [`tensors`] read a checkpoint; [`partial`] and [`ops`] run the description on "constant, per-class table or graph
 //! value"; [`graph`] collects the operators and writes the ONNX messages; [`verify`] checks what came out; [`model`]
 //! joins them. [`evaluate`] is the same description on constants alone: the reference that files are compared with.
 //! No training, no inference engine.
@@ -13,6 +13,7 @@ pub mod locate;
 pub mod model;
 pub mod ops;
 pub mod partial;
+pub mod tensors;
 pub mod verify;
 pub mod weights;
 

@@ -1,4 +1,4 @@
-//! Which checkpoint directory is meant: `--from`, or the newest run. Reads directory entries, no weights.
+//! Which checkpoint directory is meant: `--from`, or the newest run. Reads directory entries and `run.json`, no weights.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,9 @@ use std::time::SystemTime;
 
 use dmd_core::card::Kind;
 
-use crate::weights::WEIGHT_FILES;
+use serde_json::Value;
+
+use crate::weights::{self, WEIGHT_FILES};
 use crate::{Error, Result};
 
 /// The checkpoint directory to export.
@@ -18,6 +20,8 @@ use crate::{Error, Result};
 /// If there is no run, or nothing of this kind in the directory.
 pub fn locate(from: Option<&Path>, runs: &Path, kind: Kind) -> Result<PathBuf> {
     match from {
+        Some(file) if file.is_file() && weights::is_pytorch(file) => Err(weights::pytorch(file)),
+        Some(file) if file.is_file() => Err(Error::file(file, "it is a file, expected a directory")),
         Some(dir) if !dir.is_dir() => Err(Error::file(dir, "no such directory")),
         Some(dir) => in_directory(dir, kind),
         None => in_directory(&newest_run(runs, kind)?, kind),
@@ -25,13 +29,18 @@ pub fn locate(from: Option<&Path>, runs: &Path, kind: Kind) -> Result<PathBuf> {
 }
 
 fn in_directory(dir: &Path, kind: Kind) -> Result<PathBuf> {
-    if dir.join("config.json").is_file() {
+    if weights::find(dir, "config.json").is_some() {
         return Ok(dir.to_owned());
     }
     let (generator, teacher) = (dir.join("generator"), dir.join("teacher"));
     match kind {
         Kind::Generator if generator.is_dir() => Ok(generator),
         Kind::Teacher if teacher.is_dir() => Ok(teacher),
+        Kind::Generator if command(dir).as_deref() == Some("distill") => Err(Error::Request(format!(
+            "`{0}` is a distillation that has not finished and has no `generator/` yet\n\nhint: go on with `dmd-distill \
+             --resume {0}`",
+            dir.display()
+        ))),
         Kind::Generator if teacher.is_dir() => Err(Error::Request(format!(
             "`{}` is a run that trained a base model and has no `generator/`\n\nhint: add --teacher to export the base \
              model, or distil it with `dmd-distill --base {}`",
@@ -43,6 +52,12 @@ fn in_directory(dir: &Path, kind: Kind) -> Result<PathBuf> {
             "neither a checkpoint (config.json and weights) nor a run (with `generator/` or `teacher/`)",
         )),
     }
+}
+
+/// What `dmd-distill` was asked to do in a run.
+fn command(run: &Path) -> Option<String> {
+    let options: Value = serde_json::from_str(&fs::read_to_string(run.join("run.json")).ok()?).ok()?;
+    options["command"].as_str().map(str::to_owned)
 }
 
 fn newest_run(runs: &Path, kind: Kind) -> Result<PathBuf> {
@@ -92,5 +107,14 @@ mod tests {
         assert_eq!(locate(None, &runs, Kind::Teacher).unwrap(), runs.join("c/teacher"));
         let err = locate(Some(&runs.join("c")), &runs, Kind::Generator).unwrap_err().to_string();
         assert!(err.contains("--teacher"), "{err}");
+        fs::write(runs.join("c/run.json"), r#"{"command":"teacher"}"#).unwrap();
+        assert_eq!(locate(Some(&runs.join("c")), &runs, Kind::Generator).unwrap_err().to_string(), err);
+        fs::write(runs.join("c/run.json"), r#"{"command":"distill"}"#).unwrap();
+        let err = locate(Some(&runs.join("c")), &runs, Kind::Generator).unwrap_err().to_string();
+        assert!(err.contains("not finished") && err.contains("--resume"), "{err}");
+        let file = runs.join("model.pth");
+        fs::write(&file, "").unwrap();
+        let err = locate(Some(&file), &runs, Kind::Generator).unwrap_err().to_string();
+        assert!(err.contains("model.pth") && err.contains("dmd-distill --base"), "{err}");
     }
 }

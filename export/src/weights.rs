@@ -1,5 +1,6 @@
-//! Reads a checkpoint directory: configuration, schedule, card and weights, all checked against each other.
-//! Writes nothing and knows nothing of graphs.
+//! Reads a checkpoint directory: configuration, schedule, card and weights, all checked against each other. The layout is
+//! that of `dmd-distill`, or of a diffusers pipeline with `unet/` and `scheduler/`. Writes nothing and knows nothing of
+//! graphs; what lies in the files of weights is `tensors.rs`'s business.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,15 +8,19 @@ use std::path::{Path, PathBuf};
 
 use dmd_core::card::{Classes, GeneratorConfig, Provenance};
 use dmd_core::config::ModelConfig;
-use dmd_core::net::{OneStep, shapes};
+use dmd_core::net::OneStep;
 use dmd_core::schedule::{Schedule, ScheduleConfig};
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
-use crate::{Array, Error, Result};
+use crate::{Array, Error, Result, tensors};
 
-/// Names under which the weights may lie, first ours, then that of diffusers.
-pub const WEIGHT_FILES: [&str; 2] = ["model.safetensors", "diffusion_pytorch_model.safetensors"];
+/// Names under which the weights may lie: ours, diffusers', and diffusers' index of shards.
+pub const WEIGHT_FILES: [&str; 3] = [
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+];
+/// How names of PyTorch's files end.
+const PYTORCH: [&str; 3] = ["bin", "pt", "pth"];
 
 /// A denoiser or a generator, as a directory holds it.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,13 +46,14 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Err(Error::file(dir, "no such directory, expected a checkpoint directory"));
         }
-        let config = parse(&dir.join("config.json"), ModelConfig::from_json)?;
-        let schedule = parse(&dir.join("scheduler_config.json"), |text| serde_json::from_str(text))?;
+        let place = |name: &str| find(dir, name).unwrap_or(dir.join(name));
+        let config = parse(&place("config.json"), ModelConfig::from_json)?;
+        let schedule = parse(&place("scheduler_config.json"), |text| serde_json::from_str(text))?;
         let generator = parse_optional(&dir.join("generator.json"))?;
         let card = dir.join("card.json");
         let provenance: Option<Provenance> = parse_optional(&card)?;
         let provenance = complete(provenance, dir, &config).map_err(|problem| Error::file(&card, problem))?;
-        let weights = load_weights(&weight_file(dir)?, &config)?;
+        let weights = tensors::load(&weight_file(dir)?, &config)?;
         let checkpoint = Self { config, schedule, generator, provenance, weights };
         if checkpoint.generator.is_some() {
             let file = dir.join("generator.json");
@@ -119,57 +125,31 @@ fn directory_name(dir: &Path) -> String {
     names.find(|name| !["generator", "teacher"].contains(&name.as_str())).unwrap_or_else(|| "model".into())
 }
 
+/// Where a file of this name lies in a checkpoint directory: in it, or where a diffusers pipeline has it.
+pub fn find(dir: &Path, name: &str) -> Option<PathBuf> {
+    ["", "unet", "scheduler"].map(|part| dir.join(part).join(name)).into_iter().find(|path| path.is_file())
+}
+
 fn weight_file(dir: &Path) -> Result<PathBuf> {
-    WEIGHT_FILES.iter().map(|name| dir.join(name)).find(|path| path.is_file()).ok_or_else(|| {
-        Error::file(dir, format!("no weights, expected `{}` or `{}`", WEIGHT_FILES[0], WEIGHT_FILES[1]))
+    if let Some(path) = WEIGHT_FILES.iter().find_map(|name| find(dir, name)) {
+        return Ok(path);
+    }
+    let entries = ["", "unet"].iter().filter_map(|part| fs::read_dir(dir.join(part)).ok()).flatten();
+    let pickle = entries.flatten().map(|entry| entry.path()).find(|path| is_pytorch(path));
+    Err(match pickle {
+        Some(path) => pytorch(&path),
+        None => Error::file(dir, format!("no weights, expected one of `{}`", WEIGHT_FILES.join("`, `"))),
     })
 }
 
-fn load_weights(path: &Path, config: &ModelConfig) -> Result<BTreeMap<String, Array>> {
-    let bytes = fs::read(path).map_err(|e| Error::file(path, e.to_string()))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::file(path, damage(&e)))?;
-    let views = file.tensors();
-    let shapes = views.iter().map(|(name, view)| (name.as_str(), view.shape()));
-    shapes::summarise(config)?
-        .check(shapes)
-        .map_err(|e| Error::file(path, format!("tensor {e}{OTHER_RUN}")))?;
-    views
-        .iter()
-        .map(|(name, view)| {
-            let array =
-                to_f32(view).map_err(|problem| Error::file(path, format!("tensor `{name}`: {problem}")))?;
-            Ok((name.clone(), array))
-        })
-        .collect()
+/// Whether a name is that of PyTorch's files.
+pub fn is_pytorch(path: &Path) -> bool {
+    path.extension().is_some_and(|end| PYTORCH.iter().any(|pytorch| end == *pytorch))
 }
 
-const OTHER_RUN: &str = "\n\nhint: config.json and the weights seem to come from different models; export a directory as \
-    `dmd-distill` wrote it";
-
-fn damage(error: &SafeTensorError) -> String {
-    match error {
-        SafeTensorError::MetadataIncompleteBuffer
-        | SafeTensorError::HeaderTooSmall
-        | SafeTensorError::InvalidHeaderLength => {
-            format!(
-                "not a whole safetensors file: {error}\n\nhint: the file is truncated; copy or download it again"
-            )
-        }
-        other => format!("not a safetensors file: {other}"),
-    }
-}
-
-fn to_f32(view: &TensorView) -> std::result::Result<Array, String> {
-    let bytes = view.data();
-    let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    let data: Vec<f32> = match view.dtype() {
-        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        Dtype::F16 => pairs().map(|b| half::f16::from_le_bytes(b).to_f32()).collect(),
-        Dtype::BF16 => pairs().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect(),
-        other => return Err(format!("got type {other}, expected F32, F16 or BF16")),
-    };
-    if let Some(index) = data.iter().position(|v| !v.is_finite()) {
-        return Err(format!("got {} at element {index}, expected finite numbers", data[index]));
-    }
-    Array::new(view.shape(), data).map_err(|e| e.to_string())
+/// What to say of such a file.
+pub fn pytorch(path: &Path) -> Error {
+    let problem = "PyTorch's format is not read here, expected safetensors\n\nhint: `dmd-distill --base` reads it, and leaves \
+                   safetensors in the run's `generator/` and, for --teacher, `teacher/`";
+    Error::file(path, problem)
 }

@@ -169,6 +169,86 @@ fn changed(name: &str, change: impl Fn(&mut Vec<usize>, &mut Vec<u8>, &mut Dtype
     Ok(safetensors::serialize(views.collect::<Result<Vec<_>>>()?, None)?)
 }
 
+/// Old names, shards and the folders of a pipeline give the same file.
+#[test]
+fn every_layout_of_diffusers_is_exported_to_the_same_file() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let copy = generator(dir.path())?;
+    let from = copy.to_str().context("path")?;
+    let export = || -> Result<Vec<u8>> {
+        let output = dmd_export(dir.path(), &["out.onnx", "--force", "--from", from])?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(fs::read(dir.path().join("out.onnx"))?)
+    };
+    fs::write(copy.join("card.json"), r#"{"name": "tiny"}"#)?;
+    let expected = export()?;
+    let bytes = fs::read(copy.join(WEIGHTS))?;
+    let file = SafeTensors::deserialize(&bytes)?;
+
+    let names =
+        [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")];
+    let mut tensors = Vec::new();
+    for (name, view) in file.tensors() {
+        let old = names.iter().fold(name.clone(), |name, (new, old)| name.replace(new, old));
+        let (renamed, name) = (old != name, old);
+        let mut shape = view.shape().to_vec();
+        if renamed && shape.len() == 2 {
+            shape.extend([1, 1]);
+        }
+        tensors.push((name, shape, view.data().to_vec()));
+    }
+    let write = |path: PathBuf, part: &[(String, Vec<usize>, Vec<u8>)]| -> Result<()> {
+        let views = part
+            .iter()
+            .map(|(name, shape, data)| Ok((name.clone(), TensorView::new(Dtype::F32, shape.clone(), data)?)));
+        Ok(fs::write(path, safetensors::serialize(views.collect::<Result<Vec<_>>>()?, None)?)?)
+    };
+    write(copy.join(WEIGHTS), &tensors)?;
+    ensure!(export()? == expected, "old names");
+
+    fs::remove_file(copy.join(WEIGHTS))?;
+    let mut map = serde_json::Map::new();
+    for (name, part) in
+        ["a.safetensors", "b.safetensors"].iter().zip(tensors.chunks(tensors.len().div_ceil(2)))
+    {
+        write(copy.join(name), part)?;
+        map.extend(part.iter().map(|(key, ..)| (key.clone(), (*name).into())));
+    }
+    let index = serde_json::json!({ "weight_map": map }).to_string();
+    fs::write(copy.join(format!("{WEIGHTS}.index.json")), index)?;
+    ensure!(export()? == expected, "shards");
+
+    for (part, files) in [
+        ("scheduler", vec!["scheduler_config.json".to_owned()]),
+        (
+            "unet",
+            vec![
+                "config.json".into(),
+                "a.safetensors".into(),
+                "b.safetensors".into(),
+                format!("{WEIGHTS}.index.json"),
+            ],
+        ),
+    ] {
+        fs::create_dir(copy.join(part))?;
+        for file in files {
+            fs::rename(copy.join(&file), copy.join(part).join(&file))?;
+        }
+    }
+    ensure!(export()? == expected, "pipeline");
+
+    fs::remove_file(copy.join("unet/b.safetensors"))?;
+    fs::remove_file(dir.path().join("out.onnx"))?;
+    refused(dir.path(), &["out.onnx", "--from", from], &["b.safetensors"])?;
+    fs::remove_file(copy.join(format!("unet/{WEIGHTS}.index.json")))?;
+    fs::write(copy.join("unet/diffusion_pytorch_model.bin"), "")?;
+    refused(
+        dir.path(),
+        &["out.onnx", "--from", from],
+        &["diffusion_pytorch_model.bin", "hint: `dmd-distill --base`"],
+    )
+}
+
 #[test]
 fn weights_that_do_not_fit_are_refused_by_tensor() -> Result<()> {
     let dir = tempfile::tempdir()?;

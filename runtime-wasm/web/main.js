@@ -41,8 +41,23 @@ function start() {
     fail('this browser has no WebAssembly SIMD\n\nhint: Chrome 91, Firefox 89 and Safari 16.4 are new enough');
     return;
   }
-  const url = new URL(new URLSearchParams(location.search).get('model') ?? DEFAULT_MODEL, location.href);
-  load({ type: 'load', url: url.href }, decodeURIComponent(url.pathname.split('/').pop()));
+  const wanted = new URLSearchParams(location.search).get('model') ?? DEFAULT_MODEL;
+  const url = attempt(() => new URL(wanted, location.href));
+  if (url) {
+    const name = url.pathname.split('/').pop();
+    load({ type: 'load', url: url.href }, attempt(() => decodeURIComponent(name)) ?? name);
+  } else {
+    fail(`\`${wanted}\` is no address of a model\n\nhint: \`?model=\` takes the address of an ONNX file, or open one here`);
+  }
+}
+
+/** The function's result; none if it throws. */
+function attempt(work) {
+  try {
+    return work();
+  } catch {
+    return undefined;
+  }
 }
 
 async function openFile(file) {

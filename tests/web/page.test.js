@@ -5,7 +5,9 @@ import assert from 'node:assert/strict';
 import { mkdir, readFile } from 'node:fs/promises';
 import path from 'node:path';
 import { after, before, test } from 'node:test';
-import { difference, launch, nativeImages, serve, setting, shownImages } from './support.js';
+import {
+  PROVIDERS, difference, inParallel, launch, nativeImages, serve, setting, shownImages,
+} from './support.js';
 
 const DESKTOP = { width: 1280, height: 900 };
 const PHONE = { width: 360, height: 740 };
@@ -24,7 +26,7 @@ after(async () => {
 });
 
 /** Opens the page, runs the test, and checks that nothing outside the server was asked and nothing logged. */
-async function onPage({ viewport = DESKTOP, colorScheme = 'light', hash = '', prepare, logs = false }, check) {
+async function onPage({ viewport = DESKTOP, colorScheme = 'light', search = '', hash = '', prepare, logs = false }, check) {
   const context = await browser.newContext({ viewport, colorScheme, acceptDownloads: true });
   const page = await context.newPage();
   const [foreign, logged] = [[], []];
@@ -33,7 +35,7 @@ async function onPage({ viewport = DESKTOP, colorScheme = 'light', hash = '', pr
   page.on('pageerror', (e) => logged.push(e.message));
   try {
     await prepare?.(page);
-    await page.goto(server.url + hash);
+    await page.goto(server.url + search + hash);
     await check(page);
     assert.deepEqual(foreign, [], 'the page asked another server');
     if (!logs) assert.deepEqual(logged, [], 'the page logged problems');
@@ -97,11 +99,26 @@ function overflow(page) {
   return page.evaluate(() => document.scrollingElement.scrollWidth - window.innerWidth);
 }
 
-test('64 images of a seed are those of the native runtime', async (t) => {
+test('the images of 64 seeds are those of both native engines', async (t) => {
+  await onPage({}, async (page) => {
+    await settled(page);
+    const classes = await page.evaluate(() => window.dmd.info.classes.count);
+    const requests = Array.from({ length: 64 }, (_, seed) => ({ seed, count: 1, class: seed % classes }));
+    const shown = [];
+    for (const request of requests) shown.push(...await generate(page, request));
+    assert.ok(new Set(shown.map((s) => s.rgba.join())).size === 64, 'two images are the same');
+    for (const provider of PROVIDERS) {
+      const native = await inParallel(requests, (request) => nativeImages({ ...request, provider }));
+      const differing = assertSame(shown, native.flat(1));
+      t.diagnostic(`${provider}: ${differing} levels of ${(64 * shown[0].rgba.length * 3) / 4} differ, by 1`);
+    }
+  });
+});
+
+test('64 images of a seed are those of both native engines', async (t) => {
   await onPage({}, async (page) => {
     const shown = await generate(page, { seed: 42, count: 64 });
-    const differing = assertSame(shown, await nativeImages({ seed: 42, count: 64 }));
-    t.diagnostic(`${differing} levels of ${(64 * shown[0].rgba.length * 3) / 4} differ, by 1`);
+    for (const provider of PROVIDERS) assertSame(shown, await nativeImages({ seed: 42, count: 64, provider }));
     assert.ok(new Set(shown.map((s) => s.rgba.join())).size === 64, 'two images are the same');
     const { images, names } = await page.evaluate(() => ({
       images: window.dmd.lastImages.map((i) => ({ ...i, pixels: [...i.pixels] })),
@@ -258,6 +275,11 @@ test('a file that is no model is refused', async () => {
 test('a missing model is named', async () => {
   const prepare = (page) => page.route('**/model.onnx', (route) => route.fulfill({ status: 404, body: '' }));
   await onPage({ prepare, logs: true }, (page) => assertFailed(page, /model\.onnx`: got status 404, expected 200/));
+});
+
+test('an address of a model that is none is shown', async () => {
+  await onPage({ search: '?model=http://[' }, (page) => assertFailed(page, /`http:\/\/\[` is no address of a model/));
+  await onPage({ search: '?model=%25.onnx', logs: true }, (page) => assertFailed(page, /got status 404, expected 200/));
 });
 
 test('a missing runtime is named', async () => {

@@ -2,7 +2,7 @@
 
 import { execFile, spawn } from 'node:child_process';
 import { mkdtemp, readFile, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
+import { availableParallelism, tmpdir } from 'node:os';
 import path from 'node:path';
 import { promisify } from 'node:util';
 import { chromium } from 'playwright-core';
@@ -34,19 +34,33 @@ export function launch() {
   return chromium.launch({ executablePath: setting('CHROMIUM'), headless: true, args: FLAGS });
 }
 
+/** The engines of dmd-run that a page is compared with: the same engine natively, and onnxruntime. */
+export const PROVIDERS = ['tract', 'cpu'];
+
 /** The levels that dmd-run gives for the same request, image by image, as the bytes of a grey or RGB picture. */
-export async function nativeImages({ seed, count, class: wanted }) {
+export async function nativeImages({ seed, count, class: wanted, provider = PROVIDERS[0] }) {
   const folder = await mkdtemp(path.join(tmpdir(), 'dmd-web-'));
   try {
     const file = path.join(folder, 'native.npy');
     const model = path.join(setting('DMD_WEB_SITE'), 'model.onnx');
-    const args = [model, '--seed', seed, '--count', count, '-o', file];
+    const args = [model, '--seed', seed, '--count', count, '--provider', provider, '--threads', 1, '-o', file];
     if (wanted !== undefined) args.push('--class', wanted);
     await promisify(execFile)(setting('DMD_RUN'), args.map(String));
     return levels(readNpy(await readFile(file)));
   } finally {
     await rm(folder, { recursive: true });
   }
+}
+
+/** `work` on every item, in order; as many at a time as there are cores. */
+export async function inParallel(items, work) {
+  const results = [];
+  const queue = [...items.entries()];
+  const worker = async () => {
+    for (let next = queue.shift(); next; next = queue.shift()) results[next[0]] = await work(next[1]);
+  };
+  await Promise.all(Array.from({ length: availableParallelism() }, worker));
+  return results;
 }
 
 function readNpy(bytes) {

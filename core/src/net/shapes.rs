@@ -14,7 +14,7 @@ use crate::{Error, Result};
 pub struct Summary {
     /// Shape of every tensor of a checkpoint, by name: parameters and statistics.
     pub parameters: BTreeMap<String, Vec<usize>>,
-    /// Names of those that training never changes: statistics and fixed tables.
+    /// Names of those that training never changes: statistics, fixed tables, and what the network never looks at.
     pub frozen: BTreeSet<String>,
     /// Names of the statistics among them, which nobody counts.
     pub statistics: BTreeSet<String>,
@@ -144,6 +144,7 @@ impl Ops for Shapes {
 
     fn unused(&mut self, name: &str, shape: &[usize]) {
         self.0.parameters.insert(name.to_owned(), shape.to_vec());
+        self.0.frozen.insert(name.to_owned());
     }
 
     fn linear(&mut self, x: &Vec<usize>, name: &str, spec: Linear) -> Result<Vec<usize>> {
@@ -343,6 +344,9 @@ mod tests {
             let again = ModelConfig::from_json(&serde_json::to_string(&config).unwrap()).unwrap();
             assert_eq!(again, config);
         }
+        let frozen = summarise(&ModelConfig::from_json(celeba).unwrap()).unwrap().frozen;
+        let unused = frozen.iter().filter(|name| name.contains(".attn.norm.")).count();
+        assert_eq!((frozen.len(), unused), (9, 8), "the table of steps and what nobody looks at: {frozen:?}");
     }
 
     #[test]

@@ -82,10 +82,7 @@ impl Moments {
         let pixel = x.pixel();
         let scale: Vec<f32> = self.variance.iter().map(|v| 1.0 / (v + eps as f32).sqrt()).collect();
         let mean = per_lane(&self.mean);
-        let total = sums(
-            &gradient,
-            add_to,
-        );
+        let total = sums(&gradient, add_to);
         let with_x = pair_sums(
             &gradient,
             x,

@@ -1,6 +1,21 @@
 //! What all kernels share: the number of lanes of the processor found at run time (`pulp`), and the exponential.
+//!
+//! AVX-512 (the feature `x86-v4` of `pulp`, detected at run time) is off: groups of 16 images would leave the threads little to
+//! share at the usual batches, and there was no such processor to measure it on.
 
-use pulp::{Arch, Simd, WithSimd};
+#[cfg(not(test))]
+use pulp::Arch;
+use pulp::{Simd, WithSimd};
+
+/// Runs a kernel with the best instructions of this processor.
+#[cfg(not(test))]
+#[inline(always)]
+pub fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
+    Arch::new().dispatch(kernel)
+}
+
+#[cfg(test)]
+pub use portable::dispatch;
 
 /// Floats in one SIMD vector of this processor, and so images in one group.
 pub fn lanes() -> usize {
@@ -13,7 +28,7 @@ pub fn lanes() -> usize {
             S::F32_LANES
         }
     }
-    Arch::new().dispatch(Lanes)
+    dispatch(Lanes)
 }
 
 /// Runs plain loops with the processor's SIMD instructions; the closure must be `#[inline(always)]`.
@@ -27,7 +42,7 @@ pub fn vectorised<R>(f: impl FnMut() -> R) -> R {
             (self.0)()
         }
     }
-    Arch::new().dispatch(Loops(f))
+    dispatch(Loops(f))
 }
 
 /// `to += from`.
@@ -97,9 +112,45 @@ pub fn mish_slope(x: f32) -> f32 {
     above / below + x * (4.0 * e * (e + 1.0) / below) / below
 }
 
+/// Tests run kernels with vectors of other processors: 1 number (no SIMD), 4 (NEON), 16 (AVX-512).
+#[cfg(test)]
+pub mod portable {
+    use std::cell::Cell;
+
+    use pulp::{Arch, Scalar, Scalar128b, Scalar512b, Simd, WithSimd};
+
+    thread_local! {
+        static LANES: Cell<usize> = const { Cell::new(0) };
+    }
+
+    /// Runs `work` on threads whose kernels have vectors of `lanes` numbers; 0 is this processor's own.
+    pub fn with_lanes<R: Send>(lanes: usize, work: impl FnOnce() -> R + Send) -> R {
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(2);
+        threads.start_handler(move |_| LANES.set(lanes)).build().unwrap().install(work)
+    }
+
+    pub fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
+        match LANES.get() {
+            0 => Arch::new().dispatch(kernel),
+            1 => Scalar.vectorize(kernel),
+            4 => Scalar128b.vectorize(kernel),
+            16 => Scalar512b.vectorize(kernel),
+            other => panic!("no vectors of {other} numbers"),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn vectors_have_the_width_that_a_test_asks_for() {
+        for width in [1, 4, 16] {
+            assert_eq!(portable::with_lanes(width, || rayon::join(lanes, lanes)), (width, width));
+        }
+        assert_eq!(portable::with_lanes(0, lanes), lanes());
+    }
 
     #[test]
     fn the_sigmoid_is_exact_to_rounding() {

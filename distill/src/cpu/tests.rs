@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_core::compare::{Tolerance, close};
-use dmd_core::net::{BatchNorm, Conv2d, GroupNorm, Ops};
+use dmd_core::net::{
+    Activation, BatchNorm, Conv2d, ConvTranspose2d, Embedding, GroupNorm, Linear, Ops, Pool,
+};
 use dmd_core::noise;
 
+use super::simd::portable::with_lanes;
 use super::{CpuOps, Value, apply};
 use crate::ops::{CandleOps, Error};
 use crate::statistics::BatchStatistics;
@@ -23,30 +26,41 @@ fn flat(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Compares values and gradients of every argument under a random cotangent; the first input is also used directly,
-/// so that accumulated gradients are covered.
+/// Compares values and gradients of every argument under a random cotangent, with the vectors of every processor; the
+/// first input is also used directly, so that accumulated gradients are covered.
 fn check(
     what: &str,
     inputs: &[Var],
     parameters: &[(&str, Var)],
-    fast: impl Fn(&mut CpuOps, &[Value]) -> Result<Value, Error> + Send + 'static,
+    fast: impl Fn(&mut CpuOps, &[Value]) -> Result<Value, Error> + Clone + Send + Sync + 'static,
     slow: impl Fn(&mut CandleOps, &[Tensor]) -> Result<Tensor, Error>,
 ) {
     let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
     let named: BTreeMap<String, Tensor> =
         parameters.iter().map(|(name, v)| ((*name).to_owned(), v.as_tensor().clone())).collect();
-    let y = apply(&tensors, &named, fast).unwrap();
     let expected = slow(&mut CandleOps::new(&named, &Device::Cpu), &tensors).unwrap();
-    close(&flat(&y), &flat(&expected), TOLERANCE).unwrap_or_else(|e| panic!("{what}: {e}"));
-    let cotangent = random(99, y.dims());
-    let gradients = |y: &Tensor| {
-        let extra = (tensors[0].sqr().unwrap().sum_all().unwrap() * 0.25).unwrap();
-        ((y * cotangent.as_tensor()).unwrap().sum_all().unwrap() + extra).unwrap().backward().unwrap()
+    let cotangent = random(99, expected.dims());
+    let gradients = |y: &Tensor| -> Vec<Vec<f32>> {
+        let mut loss = (y * cotangent.as_tensor()).unwrap().sum_all().unwrap();
+        if let Some(x) = tensors.first() {
+            loss = (loss + (x.sqr().unwrap().sum_all().unwrap() * 0.25).unwrap()).unwrap();
+        }
+        let grads = loss.backward().unwrap();
+        let trained = parameters.iter().filter(|(name, _)| !name.contains("running"));
+        inputs.iter().chain(trained.map(|(_, v)| v)).map(|var| flat(grads.get(var).unwrap())).collect()
     };
-    let (got, expected) = (gradients(&y), gradients(&expected));
-    for (i, var) in inputs.iter().chain(parameters.iter().map(|(_, v)| v)).enumerate() {
-        let (got, expected) = (got.get(var).unwrap(), expected.get(var).unwrap());
-        close(&flat(got), &flat(expected), TOLERANCE).unwrap_or_else(|e| panic!("{what}, gradient {i}: {e}"));
+    let expected_gradients = gradients(&expected);
+    for lanes in [0, 1, 4, 16] {
+        let what = format!("{what} with {lanes} lanes");
+        let (y, got) = with_lanes(lanes, || {
+            let y = apply(&tensors, &named, fast.clone()).unwrap().reshape(expected.shape()).unwrap();
+            let got = gradients(&y);
+            (y, got)
+        });
+        close(&flat(&y), &flat(&expected), TOLERANCE).unwrap_or_else(|e| panic!("{what}: {e}"));
+        for (i, (got, expected)) in got.iter().zip(&expected_gradients).enumerate() {
+            close(got, expected, TOLERANCE).unwrap_or_else(|e| panic!("{what}, gradient {i}: {e}"));
+        }
     }
 }
 
@@ -90,6 +104,69 @@ fn group_norm_equals_its_composition() {
             move |ops, x| ops.group_norm(&x[0], "l", spec),
             |ops, x| ops.group_norm(&x[0], "l", spec),
         );
+    }
+}
+
+/// The same lines for both implementations.
+macro_rules! equals {
+    ($what:expr, $inputs:expr, $parameters:expr, $run:expr) => {
+        check($what, $inputs, $parameters, $run, $run)
+    };
+}
+
+#[test]
+fn operations_with_parameters_equal_their_compositions() {
+    let spec = ConvTranspose2d { in_channels: 5, out_channels: 3, kernel: 4, stride: 2, padding: 1 };
+    let parameters = [("l.weight", random(2, &[5, 3, 4, 4])), ("l.bias", random(3, &[3]))];
+    let x = [random(1, &[9, 5, 4, 7])];
+    equals!("conv_transpose2d", &x, &parameters, move |ops, x| ops.conv_transpose2d(&x[0], "l", spec));
+    let spec = BatchNorm { channels: 5, eps: 1e-5 };
+    let variance = Var::from_tensor(&random(6, &[5]).abs().unwrap()).unwrap();
+    let parameters = [
+        ("l.weight", random(2, &[5])),
+        ("l.bias", random(3, &[5])),
+        ("l.running_mean", random(4, &[5])),
+        ("l.running_var", variance),
+    ];
+    equals!("batch_norm", &x, &parameters, move |ops, x| ops.batch_norm(&x[0], "l", spec));
+    let spec = Linear { in_features: 5, out_features: 7 };
+    let parameters = [("l.weight", random(2, &[7, 5])), ("l.bias", random(3, &[7]))];
+    equals!("pointwise", &x, &parameters, move |ops, x| ops.pointwise(&x[0], "l", spec));
+    let spec = Embedding { rows: 4, features: 6, frozen: false };
+    let parameters = [("l.weight", random(2, &[4, 6]))];
+    let index = [3.0f32, 0.0, 3.0, 1.0, 2.0, 3.0, 0.0, 0.0, 1.0, 3.0];
+    check(
+        "embedding",
+        &[],
+        &parameters,
+        move |ops, _| {
+            let index = ops.numbers(&index);
+            ops.embedding(&index, "l", spec)
+        },
+        |ops, _| ops.embedding(&Tensor::new(&index, &Device::Cpu)?, "l", spec),
+    );
+}
+
+#[test]
+fn operations_without_parameters_equal_their_compositions() {
+    let x = [random(1, &[11, 4, 6, 8]), random(2, &[11, 4, 6, 8])];
+    for activation in [Activation::Silu, Activation::Gelu, Activation::Relu, Activation::Mish] {
+        let name = format!("{activation:?}");
+        equals!(&name, &x[..1], &[], move |ops, x| ops.activate(&x[0], activation));
+    }
+    for (pool, size) in [(Pool::Max, 2), (Pool::Average, 2), (Pool::Average, 3)] {
+        let name = format!("{pool:?} pool of {size}");
+        equals!(&name, &x[..1], &[], move |ops, x| ops.pool(&x[0], pool, size));
+    }
+    equals!("add", &x, &[], |ops, x| ops.add(&x[0], &x[1]));
+    equals!("concat", &x, &[], |ops, x| ops.concat(&x[0], &x[1]));
+    equals!("narrow", &x[..1], &[], |ops, x| ops.narrow(&x[0], 1, 2));
+    equals!("scale", &x[..1], &[], |ops, x| ops.scale(&x[0], -1.5));
+    equals!("upsample_nearest2x", &x[..1], &[], |ops, x| ops.upsample_nearest2x(&x[0]));
+    let heads = [random(1, &[9, 6, 3, 5]), random(2, &[9, 6, 3, 5]), random(3, &[9, 6, 3, 5])];
+    for count in [1, 2] {
+        let name = format!("attention with {count} heads");
+        equals!(&name, &heads, &[], move |ops, x| ops.attention(&x[0], &x[1], &x[2], count));
     }
 }
 

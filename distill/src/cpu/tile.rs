@@ -1,10 +1,10 @@
 //! The two inner loops of convolution, as small register tiles over vectors of images.
 //! Must not know about images, padding or threads.
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 
 use super::memory::Buffer;
-use super::simd::lanes;
+use super::simd::{dispatch, lanes};
 
 /// Pixels in a tile.
 const PIXELS: usize = 2;
@@ -90,7 +90,7 @@ pub fn multiply(
     out: &mut [f32],
 ) {
     assert_eq!(segments.iter().map(|s| s.len).sum::<usize>(), a.depth);
-    Arch::new().dispatch(Multiply { a, x, segments, bias, grid, out });
+    dispatch(Multiply { a, x, segments, bias, grid, out });
 }
 
 struct Multiply<'a> {
@@ -218,15 +218,7 @@ impl Sums {
         let packed_gradient = &mut Buffer::zeros(channels * CHANNELS * SUM_PIXELS * lanes());
         let packed_x = &mut Buffer::zeros(taps * TAPS * SUM_PIXELS * lanes());
         let pixels = rows * columns;
-        Arch::new().dispatch(Correlate {
-            sums: self,
-            gradient,
-            x,
-            pixels,
-            columns,
-            packed_gradient,
-            packed_x,
-        });
+        dispatch(Correlate { sums: self, gradient, x, pixels, columns, packed_gradient, packed_x });
     }
 
     /// `out[first + r·pitch + k] = factor·sum[r][k]`, vector by vector.
