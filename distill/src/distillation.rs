@@ -93,7 +93,8 @@ impl<'a> Distillation<'a> {
         };
         let generator = Network::trainable(&base.config, &first, device)?;
         let fake = Network::trainable(&base.config, &critic, device)?;
-        let adam = |lr: f64| AdamWConfig { clip: options.clip, ..AdamWConfig::new(lr, options.warmup) };
+        let clip = if options.clip == 0.0 { f64::INFINITY } else { options.clip };
+        let adam = |lr: f64| AdamWConfig { clip, ..AdamWConfig::new(lr, options.warmup) };
         let mut generator_optimiser = AdamW::new(adam(options.lr), generator.variables())?;
         let mut fake_optimiser = AdamW::new(adam(options.lr_fake), fake.variables())?;
         if let Some(tensors) = saved {
