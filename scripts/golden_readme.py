@@ -11,6 +11,7 @@ from golden_common import FIXTURES, GOLDEN, PINS, ROOT
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HOLDS = {
+    GOLDEN / "inception.safetensors": ("golden_inception.py", "pytorch-fid's Inception-v3 with weights from a seed: features of three batches"),
     GOLDEN / "losses.safetensors": (
         "golden_losses.py",
         "the DM, regression and critic losses with all gradients (`once.`, `grad.`), ten AdamW steps (`steps.`, `final.`);"
@@ -51,7 +52,7 @@ Reference values by PyTorch and diffusers, numpy and scipy, computed in f64 from
 
 ```sh
 python3 -m venv target/golden && target/golden/bin/pip install -r scripts/golden-metrics-requirements.txt
-for subject in unet schedule losses ops noise metrics readme; do target/golden/bin/python scripts/golden_$subject.py; done
+for subject in unet schedule losses ops noise metrics inception readme; do target/golden/bin/python scripts/golden_$subject.py; done
 ```
 
 The same bytes came out of repeated runs; another processor may change a last bit. Made with
@@ -83,7 +84,7 @@ def main():
     for path, (script, holds) in HOLDS.items():
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         rows.append(f"| `{path.relative_to(ROOT)}` | `{script}` | {holds} | `{digest}` |")
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in (*PINS, "scipy"))
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in (*PINS, "scipy", "torchvision", "pytorch-fid"))
     (GOLDEN / "README.md").write_text(TEXT.format(rows="\n".join(rows), versions=versions))
 
 
