@@ -22,6 +22,7 @@ HOLDS = {
         "golden_batch_norm.py",
         "BatchNorm by the statistics of its batch, 9 cases: result, gradients, running statistics after",
     ),
+    GOLDEN / "inception.safetensors": ("golden_inception.py", "pytorch-fid's Inception-v3 with weights from a seed: features of three batches"),
     GOLDEN / "losses.safetensors": (
         "golden_losses.py",
         "the DM, regression and critic losses with all gradients (`once.`, `grad.`), ten AdamW steps (`steps.`, `final.`);"
@@ -70,7 +71,7 @@ Reference values by PyTorch and diffusers, numpy and scipy, computed in f64 from
 
 ```sh
 scripts/setup pytorch && . scripts/env && "$DMD_PYTORCH" -m pip install -r scripts/golden-metrics-requirements.txt
-for subject in unet bases schedule losses ops batch_norm noise metrics pickles cifar readme; do
+for subject in unet bases schedule losses ops batch_norm noise metrics inception pickles cifar readme; do
     "$DMD_PYTORCH" scripts/golden_$subject.py
 done
 ```
@@ -104,7 +105,7 @@ def main():
     for path, (script, holds) in HOLDS.items():
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         rows.append(f"| `{path.relative_to(ROOT)}` | `{script}` | {holds} | `{digest}` |")
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in (*PINS, "scipy"))
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in (*PINS, "scipy", "torchvision", "pytorch-fid"))
     (GOLDEN / "README.md").write_text(TEXT.format(rows="\n".join(rows), versions=versions))
 
 

@@ -1,23 +1,26 @@
 //! Metrics against numpy and scipy, the order in which they put worse and worse images, and `dmd-distill eval` and
 //! `dmd-distill classifier` from outside, with everything they refuse.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use dmd_core::card::{Base, Classes, GeneratorConfig, Provenance};
 use dmd_core::config::ModelConfig;
 use dmd_distill::checkpoint::Checkpoint;
 use dmd_distill::data::Split;
+use dmd_distill::eval::inception::{self, Inception};
 use dmd_distill::eval::{Extractor, Pictures, Scorer, data_set};
 use dmd_distill::metrics::Features;
 use dmd_distill::metrics::classes::{Predictions, total_variation};
 use dmd_distill::metrics::frechet::Gaussian;
 use dmd_distill::metrics::kid::{discrepancy, kid};
 use dmd_distill::metrics::neighbours::neighbours;
-use dmd_distill::network::initial_weights;
-use dmd_tests::{Finished, Golden, run_bin};
+use dmd_distill::network::{Tensors, initial_weights};
+use dmd_tests::seeded::uniform;
+use dmd_tests::{Finished, Golden, compare_scaled, run_bin};
 use serde_json::{Value, json};
 
 fn near(what: &str, got: f64, expected: f64, relative: f64) -> Result<()> {
@@ -63,7 +66,7 @@ fn metrics_match_numpy_and_scipy() -> Result<()> {
 #[test]
 fn kid_over_subsets_estimates_the_whole() -> Result<()> {
     let numbers = |seed: u64, shift: f64| {
-        let values = dmd_tests::seeded::uniform(seed, 0, 1500 * 8);
+        let values = uniform(seed, 0, 1500 * 8);
         Features::from_f64(8, values.into_iter().map(|v| v + shift).collect())
     };
     let (x, y) = (numbers(1, 0.0)?, numbers(2, 0.2)?);
@@ -71,6 +74,53 @@ fn kid_over_subsets_estimates_the_whole() -> Result<()> {
     ensure!((found.mean - whole).abs() < found.std && found.std > 0.0, "{found:?} of {whole}");
     let same = kid(&x, &x)?;
     ensure!(same.mean.abs() < 0.1 * found.mean, "{same:?}");
+    Ok(())
+}
+
+/// Golden: `scripts/golden_inception.py`. f32 through 94 layers against f64.
+#[test]
+fn inception_matches_pytorch_fid() -> Result<()> {
+    let golden = Golden::load("inception")?;
+    let mut names = BTreeMap::new();
+    for (layer, [out, input, height, width]) in inception::shapes() {
+        names.insert(format!("{layer}.conv.weight"), vec![out, input, height, width]);
+        for suffix in ["weight", "bias", "running_mean", "running_var"] {
+            names.insert(format!("{layer}.bn.{suffix}"), vec![out]);
+        }
+    }
+    let mut tensors = Tensors::new();
+    for (stream, (name, shape)) in names.iter().enumerate() {
+        let u = uniform(0, stream as u64, shape.iter().product()).into_iter();
+        let scale = (6.0 / shape[1..].iter().product::<usize>() as f64).sqrt();
+        let values: Vec<f32> = match (shape.len(), name.rsplit('.').next()) {
+            (1, Some("running_var")) => u.map(|u| (1.0 + 0.5 * u) as f32).collect(),
+            (1, Some("weight")) => u.map(|u| (1.0 + 0.1 * u) as f32).collect(),
+            (1, _) => u.map(|u| (0.1 * u) as f32).collect(),
+            _ => u.map(|u| (scale * u) as f32).collect(),
+        };
+        tensors.insert(name.clone(), Tensor::from_vec(values, shape.as_slice(), &Device::Cpu)?);
+    }
+    let network = Inception::new(&tensors, String::new(), &Device::Cpu)?;
+    let cases = golden.cases()?.as_object().context("cases")?;
+    ensure!(cases.len() == 3, "{cases:?}");
+    for (case, stream) in [("small", 0), ("uneven", 1), ("large", 2)] {
+        let shape: Vec<usize> = serde_json::from_value(cases[case].clone())?;
+        let u = uniform(1, stream, shape.iter().product());
+        let values: Vec<f32> = u.into_iter().map(|u| 0.5 + 0.5 * u as f32).collect();
+        let x = Tensor::from_vec(values, shape.as_slice(), &Device::Cpu)?;
+        let features: Vec<f32> = network.features(&x)?.flatten_all()?.to_vec1()?;
+        compare_scaled(case, &features, &golden.f32(&format!("{case}.features"))?, 1e-4, 0.0)?;
+    }
+    let grey = Tensor::from_vec(vec![0.25f32; 64], (1, 1, 8, 8), &Device::Cpu)?;
+    let colour = Tensor::cat(&[&grey, &grey, &grey], 1)?;
+    let [grey, colour] = [grey, colour].map(|x| Ok(network.features(&x)?.flatten_all()?.to_vec1::<f32>()?));
+    let (grey, colour): (Result<Vec<f32>>, Result<Vec<f32>>) = (grey, colour);
+    ensure!(grey? == colour?, "grey images are images of three equal channels");
+    ensure!(!network.is_published() && network.name().starts_with("inception-2048"), "{}", network.name());
+    tensors.remove("Mixed_7c.branch_pool.bn.bias");
+    let missing =
+        Inception::new(&tensors, String::new(), &Device::Cpu).err().context("accepted")?.to_string();
+    ensure!(missing.contains("Mixed_7c.branch_pool.bn.bias"), "{missing}");
     Ok(())
 }
 
@@ -94,7 +144,7 @@ fn changed(of: &Pictures, noise: f64, blurs: usize) -> Pictures {
         }
     }
     if noise > 0.0 {
-        let numbers = dmd_tests::seeded::uniform(3, 0, bytes.len());
+        let numbers = uniform(3, 0, bytes.len());
         bytes
             .iter_mut()
             .zip(numbers)
@@ -305,6 +355,9 @@ fn what_cannot_be_scored_is_refused() -> Result<()> {
     refused(&eval(&["run", "--data", "cifar"])?, &["no data set `cifar`", "hint:"])?;
     refused(&eval(&["run", "--data", "run"])?, &["train-images-idx3-ubyte.gz"])?;
     refused(&eval(&["run", "--features", "vgg"])?, &["no features `vgg`"])?;
+    refused(&eval(&["run", "--features", "inception:none.pth"])?, &["cannot read `none.pth`"])?;
+    fs::write(folder.path().join("some.safetensors"), [2, 0, 0, 0, 0, 0, 0, 0, b'{', b'}'])?;
+    refused(&eval(&["run", "--features", "inception:some.safetensors"])?, &["Conv2d_1a_3x3", "pytorch-fid"])?;
     refused(&eval(&["run", "--features", "run"])?, &["there is no `config.json`", "dmd-distill classifier"])?;
     refused(&eval(&["run", "--steps", "1001", "--count", "70"])?, &["--steps 1001", "1 to 1000"])?;
     refused(&eval(&["model.onnx"])?, &["does not run ONNX", "dmd-run", "--images"])?;

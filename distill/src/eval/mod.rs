@@ -2,6 +2,7 @@
 //! Must not compute a metric itself: those are in [`crate::metrics`].
 
 mod draw;
+pub mod inception;
 mod npy;
 mod pictures;
 mod scorer;
@@ -57,8 +58,9 @@ pub struct EvalArgs {
     /// Seed of the noise; trainings use 1 where nothing else is said
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u32,
-    /// What is compared: the classifier inside this program, or the folder of one that `dmd-distill classifier` made
-    #[arg(long, value_name = "bundled|DIR", default_value = "bundled")]
+    /// What is compared: the classifier inside this program, the folder of one that `dmd-distill classifier` made, or
+    /// Inception-v3 with pytorch-fid's weights, which makes the distance an FID
+    #[arg(long, value_name = "bundled|DIR|inception:FILE", default_value = "bundled")]
     pub features: String,
     /// Folder where a teacher's images are kept, to be computed once
     #[arg(long, value_name = "DIR", default_value = "eval")]

@@ -1,11 +1,12 @@
 //! Scores of a set of images against a reference set, on one kind of features.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use candle_core::Device;
 use serde::Serialize;
 
 use super::Pictures;
+use super::inception::{self, Inception};
 use crate::checkpoint::{self, Checkpoint};
 use crate::classifier::{Classifier, RANGE};
 use crate::data::{NAMES, Source, Split};
@@ -19,6 +20,8 @@ use crate::progress::{Progress, stop_requested};
 
 /// Images whose features are computed at once.
 const BATCH: usize = 128;
+/// The same for a large network.
+const FEW: usize = 16;
 /// Work of which the progress is worth showing.
 const MANY: usize = 2000;
 
@@ -26,6 +29,8 @@ const MANY: usize = 2000;
 pub enum Extractor {
     /// The penultimate layer of a small classifier.
     Classifier(Classifier),
+    /// Inception-v3 in the weights of the FID, which the user brings.
+    Inception(Box<Inception>),
 }
 
 /// What an extractor makes of a set of images.
@@ -71,24 +76,41 @@ pub struct Scorer {
 impl Extractor {
     /// What `--features` names.
     pub fn find(name: &str, device: &Device) -> Result<Self> {
-        let classifier = match name {
-            "bundled" => Classifier::bundled(device)?,
-            folder if PathBuf::from(folder).is_dir() => {
-                Classifier::load(&checkpoint::Source::Folder(PathBuf::from(folder)), device)?
+        if let Some(file) = name.strip_prefix("inception:") {
+            let network = Inception::load(Path::new(file), device)?;
+            if !network.is_published() {
+                eprintln!(
+                    "warning: these are not the weights that the name FID stands for, so the result is not called that"
+                );
             }
-            _ => {
-                return Err(Error::Request(format!(
-                    "no features `{name}`: expected `bundled` or a folder that `dmd-distill classifier` wrote"
-                )));
-            }
-        };
-        Ok(Self::Classifier(classifier))
+            return Ok(Self::Inception(Box::new(network)));
+        }
+        let folder = Path::new(name);
+        match name {
+            "bundled" => Ok(Self::Classifier(Classifier::bundled(device)?)),
+            _ if folder.is_dir() => Ok(Self::Classifier(Classifier::load(
+                &checkpoint::Source::Folder(folder.to_owned()),
+                device,
+            )?)),
+            _ => Err(Error::Request(format!(
+                "no features `{name}`: expected `bundled`, `inception:FILE`, or a folder that `dmd-distill classifier` wrote"
+            ))),
+        }
     }
 
     /// Network, number of features, and the first digits of the weights' SHA-256.
     pub fn name(&self) -> String {
         match self {
             Self::Classifier(classifier) => classifier.name(),
+            Self::Inception(network) => network.name(),
+        }
+    }
+
+    /// What the Fréchet distance on these features is called.
+    pub fn distance_name(&self) -> &'static str {
+        match self {
+            Self::Inception(network) if network.is_published() => "FID",
+            _ => "Fréchet",
         }
     }
 
@@ -96,6 +118,7 @@ impl Extractor {
     pub fn dimension(&self) -> usize {
         match self {
             Self::Classifier(classifier) => classifier.config.features,
+            Self::Inception(_) => inception::FEATURES,
         }
     }
 
@@ -103,16 +126,18 @@ impl Extractor {
     pub fn classes(&self) -> Option<usize> {
         match self {
             Self::Classifier(classifier) => Some(classifier.config.num_classes),
+            Self::Inception(_) => None,
         }
     }
 
     fn check_shape(&self, shape: [usize; 3]) -> Result<()> {
-        let Self::Classifier(classifier) = self;
+        let Self::Classifier(classifier) = self else { return Ok(()) };
         let expected = classifier.config.image_shape();
         match shape == expected {
             true => Ok(()),
             false => Err(Error::Request(format!(
-                "images have shape {shape:?}, expected {expected:?} from the features {}",
+                "images have shape {shape:?}, expected {expected:?} from the features {}\n\nhint: `dmd-distill classifier` \
+                 trains others, and `--features inception:FILE` takes images of any size",
                 self.name()
             ))),
         }
@@ -120,16 +145,23 @@ impl Extractor {
 
     fn extract(&self, pictures: &Pictures) -> Result<Extracted> {
         self.check_shape(pictures.shape)?;
-        let Self::Classifier(classifier) = self;
-        let count = pictures.len();
+        let (count, batch) = (pictures.len(), if self.classes().is_some() { BATCH } else { FEW });
         let (mut features, mut logits) = (Vec::new(), Vec::new());
         let mut progress = (count >= MANY).then(|| Progress::new("features", 0, count as u64));
-        for first in (0..count).step_by(BATCH) {
-            let size = BATCH.min(count - first);
-            let (found, classes) =
-                classifier.classify(&pictures.batch(first, size, RANGE, &Device::Cpu)?)?;
-            features.extend(found.flatten_all()?.to_vec1::<f32>()?);
-            logits.extend(classes.flatten_all()?.to_vec1::<f32>()?);
+        for first in (0..count).step_by(batch) {
+            let size = batch.min(count - first);
+            match self {
+                Self::Classifier(classifier) => {
+                    let x = pictures.batch(first, size, RANGE, &Device::Cpu)?;
+                    let (found, classes) = classifier.classify(&x)?;
+                    features.extend(found.flatten_all()?.to_vec1::<f32>()?);
+                    logits.extend(classes.flatten_all()?.to_vec1::<f32>()?);
+                }
+                Self::Inception(network) => {
+                    let x = pictures.batch(first, size, [0.0, 1.0], &Device::Cpu)?;
+                    features.extend(network.features(&x)?.flatten_all()?.to_vec1::<f32>()?);
+                }
+            }
             if let Some(progress) = &mut progress {
                 progress.update((first + size) as u64, "");
             }
@@ -137,10 +169,8 @@ impl Extractor {
                 return Err(Error::Interrupted("stopped while computing features".into()));
             }
         }
-        Ok(Extracted {
-            features: Features::new(self.dimension(), &features)?,
-            predictions: Some(Predictions::new(classifier.config.num_classes, &logits)?),
-        })
+        let predictions = self.classes().map(|classes| Predictions::new(classes, &logits)).transpose()?;
+        Ok(Extracted { features: Features::new(self.dimension(), &features)?, predictions })
     }
 }
 
@@ -182,9 +212,7 @@ impl Scorer {
 
     /// What the Fréchet distance on these features is called.
     pub fn distance_name(&self) -> &'static str {
-        match self.extractor {
-            Extractor::Classifier(_) => "Fréchet",
-        }
+        self.extractor.distance_name()
     }
 
     /// The kernel distance alone: meant for few images, again and again during a training.
