@@ -28,7 +28,7 @@ const MANY: usize = 2000;
 /// Turns images into features.
 pub enum Extractor {
     /// The penultimate layer of a small classifier.
-    Classifier(Classifier),
+    Classifier(Box<Classifier>),
     /// Inception-v3 in the weights of the FID, which the user brings.
     Inception(Box<Inception>),
 }
@@ -87,7 +87,7 @@ impl Extractor {
         }
         let folder = Path::new(name);
         match name {
-            "bundled" => Ok(Self::Classifier(Classifier::bundled(device)?)),
+            "bundled" => Ok(Self::Classifier(Box::new(Classifier::bundled(device)?))),
             _ if folder.is_dir() => Ok(Self::Classifier(Classifier::load(
                 &checkpoint::Source::Folder(folder.to_owned()),
                 device,
@@ -188,7 +188,7 @@ impl Scorer {
         match Source::find(NAMES[0], Split::Train).and_then(|source| source.load(base.config.image_shape())) {
             Ok(loaded) => {
                 let reference = Pictures::balanced(&loaded.data, count)?;
-                Ok(Some(Self::new(Extractor::Classifier(classifier), &reference)?))
+                Ok(Some(Self::new(Extractor::Classifier(Box::new(classifier)), &reference)?))
             }
             Err(e) => {
                 eprintln!("warning: no metric during this run: {e}");
