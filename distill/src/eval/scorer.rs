@@ -88,10 +88,10 @@ impl Extractor {
         let folder = Path::new(name);
         match name {
             "bundled" => Ok(Self::Classifier(Box::new(Classifier::bundled(device)?))),
-            _ if folder.is_dir() => Ok(Self::Classifier(Classifier::load(
+            _ if folder.is_dir() => Ok(Self::Classifier(Box::new(Classifier::load(
                 &checkpoint::Source::Folder(folder.to_owned()),
                 device,
-            )?)),
+            )?))),
             _ => Err(Error::Request(format!(
                 "no features `{name}`: expected `bundled`, `inception:FILE`, or a folder that `dmd-distill classifier` wrote"
             ))),
