@@ -107,11 +107,12 @@ fn check(args: &ClassifierArgs) -> Result<()> {
 fn fit(args: &ClassifierArgs, config: &ClassifierConfig, data: &Dataset, device: &Device) -> Result<Tensors> {
     let initial = initial_weights(config, args.seed)?;
     let (parameters, variables) = trainable(&initial, device)?;
-    let mut optimiser = AdamW::new(AdamWConfig::new(args.lr, 100), &variables)?;
     let mut ema = Ema::new(EMA, 0, crate::checkpoint::snapshot(&parameters)?);
     let count = data.len().min(args.limit.unwrap_or(data.len()));
     let per_epoch = (count / args.batch) as u64;
     let total = args.epochs * per_epoch;
+    let warmup = (total / 10).clamp(1, 100);
+    let mut optimiser = AdamW::new(AdamWConfig::new(args.lr, warmup), &variables)?;
     let mut progress = Progress::new("classifier", 0, total);
     let (mut step, mut mean_loss) = (0, None);
     for epoch in 0..args.epochs {

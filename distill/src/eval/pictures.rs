@@ -114,7 +114,7 @@ mod tests {
         pixels.sort_unstable();
         pixels.dedup();
         assert_eq!(pixels.len(), 22, "an image was taken twice");
-        let small = Pictures::balanced(&data([5, 9, 4]), 16).unwrap_err().to_string();
+        let small = Pictures::balanced(&data([5, 9, 4]), 15).unwrap_err().to_string();
         assert!(small.contains("4 images of class 2, expected 5"), "{small}");
     }
 
