@@ -11,7 +11,7 @@ use candle_core::Tensor;
 use dmd_core::pixels::{Image, grid, to_image};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::checkpoint::{read_metadata, read_tensors, write_json, write_tensors};
 use crate::error::{Error, Result};
@@ -121,8 +121,8 @@ impl Run {
     /// Saves everything that training needs to go on after `step`, and notes, as `checkpoints/NAME.safetensors`.
     pub fn save_state(&self, name: &str, step: u64, tensors: &Tensors, note: &impl Serialize) -> Result<()> {
         let path = self.state_path(name);
-        let note = serde_json::to_string(note).map_err(|e| Error::content(&path, e))?;
-        write_tensors(&path, tensors, &[("step", step.to_string()), ("note", note)])
+        // One entry: the order of several in a file is not fixed.
+        write_tensors(&path, tensors, &[("state", json!({"step": step, "note": note}).to_string())])
     }
 
     /// A saved state; none if there is no such.
@@ -132,12 +132,14 @@ impl Run {
             return Ok(None);
         }
         let bytes = files::read(&path)?;
-        let mut metadata = read_metadata(&path, &bytes)?;
-        let step = metadata
-            .get("step")
-            .and_then(|s| s.parse::<u64>().ok())
-            .ok_or_else(|| Error::content(&path, "it does not say its step"))?;
-        let note = metadata.remove("note").unwrap_or_default();
+        let metadata = read_metadata(&path, &bytes)?;
+        let state: Value = metadata
+            .get("state")
+            .and_then(|text| serde_json::from_str(text).ok())
+            .ok_or_else(|| Error::content(&path, "it is no state of a run"))?;
+        let step =
+            state["step"].as_u64().ok_or_else(|| Error::content(&path, "it does not say its step"))?;
+        let note = state["note"].clone();
         Ok(Some(State { step, tensors: read_tensors(&path, &bytes)?, note, path }))
     }
 
@@ -167,14 +169,14 @@ pub struct State {
     pub step: u64,
     /// Weights, averages and moments.
     pub tensors: Tensors,
-    note: String,
+    note: Value,
     path: PathBuf,
 }
 
 impl State {
     /// What was noted beside the tensors.
     pub fn note<T: DeserializeOwned>(&self) -> Result<T> {
-        serde_json::from_str(&self.note).map_err(|e| Error::content(&self.path, e))
+        serde_json::from_value(self.note.clone()).map_err(|e| Error::content(&self.path, e))
     }
 }
 

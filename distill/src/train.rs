@@ -189,7 +189,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
             "grad_norm": update.norm, "fake_grad_norm": update.fake_norm,
         });
         let mut verdict = Verdict::Fine;
-        if step.is_multiple_of(options.eval_every) || last {
+        if step.is_multiple_of(options.eval_every) {
             let (look, metric) = judge.look(&work, &ema.tensors)?;
             verdict = monitor.judge(step, &look, metric);
             for (name, value) in [
