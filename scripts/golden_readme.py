@@ -85,8 +85,8 @@ The same bytes came out of repeated runs; another processor may change a last bi
 - The gradient of a `to_k.bias` is 0 in exact arithmetic (softmax does not see it): expect noise there, and steps of
   either sign after AdamW. It does not reach any output. For scale: PyTorch's own f32 ends the ten steps of `losses.safetensors`
   within 3e-6 of the f64 weights, and within 3e-7 relative of the losses, but up to 1e-3 away in `to_k.bias`.
-- Other gradients that are 0 in exact arithmetic (GroupNorm over a single value, of constant images) are below 1e-12 here: read
-  them as 0. Over two values (`group_norm_c8_g4_1x1`) the gradient is a difference of numbers a thousand times as large and more.
+- Other gradients are 0 in exact arithmetic too: that of a bias before GroupNorm over its channel alone (`up.7.res_blk.conv1.bias`
+  of small-celeba), and those of GroupNorm over a single value or of constant images. Goldens have at most 1e-12 there. Over two values (`group_norm_c8_g4_1x1`) the gradient is a difference of numbers a thousand times as large and more.
 - diffusers computes the sinusoidal time embedding in f32 even in f64 networks: at t = 999 its angles are off by up to 6e-5.
 
 ## Files

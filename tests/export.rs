@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use dmd_core::card::{CARD_KEY, GeneratorConfig, ModelCard, Provenance};
+use dmd_core::card::{CARD_KEY, Classes, GeneratorConfig, ModelCard, Provenance};
 use dmd_core::compare::Tolerance;
 use dmd_core::net::shapes::summarise;
 use dmd_core::net::{Conv2d, Ops};
@@ -173,6 +173,7 @@ fn folded_equals_unfolded_for_the_reference_networks() -> Result<()> {
     ] {
         let (config, seed) = seeded::case(&golden.cases()?[case])?;
         let weights = seeded::weights(&config, seed)?.into_iter();
+        let classes = config.class_rows().map(|count| Classes { count, names: vec![], none: None });
         let checkpoint = Checkpoint {
             weights: weights
                 .map(|(name, t)| Ok((name, Array::new(&t.shape, t.data)?)))
@@ -180,7 +181,7 @@ fn folded_equals_unfolded_for_the_reference_networks() -> Result<()> {
             config,
             schedule: serde_json::from_str(schedule)?,
             generator: Some(GeneratorConfig { t_gen, input_scale: 0.9 }),
-            provenance: Provenance::named(case.to_owned()),
+            provenance: Provenance { classes, ..Provenance::named(case.to_owned()) },
         };
         let (rows, shape) = (checkpoint.config.class_rows(), checkpoint.config.image_shape());
         let mut classes: Vec<Vec<usize>> = (0..rows.unwrap_or(1)).map(|class| vec![class]).collect();
