@@ -66,6 +66,38 @@ impl Run {
         ))
     }
 
+    /// Refuses a run of another command than `distill` or `teacher`, whichever is expected.
+    pub fn check_command(&self, expected: &str) -> Result<()> {
+        let options: Value = self.options()?;
+        let command = |name: &str| if name == "distill" { "dmd-distill" } else { "dmd-distill teacher" };
+        match options["command"].as_str() {
+            Some(found) if found == expected => Ok(()),
+            Some(found @ ("distill" | "teacher")) => Err(Error::content(
+                &self.folder,
+                format!(
+                    "it is a run of `{}`, not of `{}`\n\nhint: continue it with `{} --resume {}`",
+                    command(found),
+                    command(expected),
+                    command(found),
+                    self.folder.display()
+                ),
+            )),
+            _ => Err(Error::content(
+                &self.path("run.json"),
+                "got another `command`, expected `distill` or `teacher`",
+            )),
+        }
+    }
+
+    /// The step of the saved state; 0 if training has not come to one.
+    pub fn saved_step(&self) -> Result<u64> {
+        let path = self.path("checkpoints/state.safetensors");
+        match path.exists() {
+            true => state_step(&path, &files::read(&path)?),
+            false => Ok(0),
+        }
+    }
+
     /// A path inside the run.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
@@ -117,10 +149,7 @@ impl Run {
         let path = self.path("checkpoints/state.safetensors");
         let step = if path.exists() {
             let bytes = files::read(&path)?;
-            let step = read_metadata(&path, &bytes)?
-                .get("step")
-                .and_then(|s| s.parse::<u64>().ok())
-                .ok_or_else(|| Error::content(&path, "it does not say its step"))?;
+            let step = state_step(&path, &bytes)?;
             Some((step, read_tensors(&path, &bytes)?))
         } else {
             None
@@ -136,6 +165,12 @@ impl Run {
         files::write(&self.path("stats.jsonl"), kept.as_bytes())?;
         Ok(step)
     }
+}
+
+fn state_step(path: &Path, bytes: &[u8]) -> Result<u64> {
+    let metadata = read_metadata(path, bytes)?;
+    let step = metadata.get("step").and_then(|step| step.parse().ok());
+    step.ok_or_else(|| Error::content(path, "it does not say its step"))
 }
 
 fn free_name(parent: &Path, name: &str) -> Result<PathBuf> {

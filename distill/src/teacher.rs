@@ -21,7 +21,7 @@ use crate::random::{Purpose, Random};
 use crate::run::{Run, images, save_grid};
 use crate::sampler::{Request, Sampling, sample};
 
-/// Network evaluations per image of a sample grid.
+/// Network evaluations per image of a sample grid, if the schedule has as many.
 const SAMPLE_STEPS: usize = 50;
 /// Images of a sample grid.
 const SAMPLES: usize = 40;
@@ -127,7 +127,12 @@ pub fn train(run: &Run, options: &TeacherOptions, device: &Device) -> Result<Pat
         if step.is_multiple_of(options.sample_every) || last {
             let averaged = Network::frozen(&config, &ema.tensors, device)?;
             let request = Request::new(options.seed, 0, SAMPLES, classes.as_ref().map(|c| c.count));
-            let x = sample(&averaged, &schedule, &request, &Sampling::ddim(SAMPLE_STEPS))?;
+            let x = sample(
+                &averaged,
+                &schedule,
+                &request,
+                &Sampling::ddim(SAMPLE_STEPS.min(schedule.num_train_timesteps())),
+            )?;
             let path = run.path(&format!("samples/step-{step:06}.png"));
             save_grid(&path, &images(&x, config.range())?, 10, 2)?;
         }

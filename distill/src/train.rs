@@ -100,9 +100,13 @@ pub struct DistillOptions {
 }
 
 impl DistillOptions {
-    /// The pairs that belong to these options.
+    /// The pairs that belong to these options. The run's own copy of the base is another file than the base.
     pub fn pairs(&self, base: &Checkpoint) -> PairsOptions {
-        PairsOptions::new(&self.base, base, self.pair_sampler, self.pair_steps, self.guidance, self.seed)
+        let (sampler, steps, guidance) = (self.pair_sampler, self.pair_steps, self.guidance);
+        PairsOptions {
+            base_sha256: self.base_sha256.clone(),
+            ..PairsOptions::new(&self.base, base, sampler, steps, guidance, self.seed)
+        }
     }
 
     /// Computes the pairs that are missing and reads the real images.
@@ -111,18 +115,38 @@ impl DistillOptions {
             0 => None,
             count => Some(pairs::prepare(&self.pairs_dir, &self.pairs(base), base, count, device)?),
         };
-        let real = match self.gan_weight > 0.0 {
-            true => Some(Dataset::fashion_mnist(self.data.as_deref(), Split::Train)?),
-            false => None,
-        };
-        Ok(Material { pairs, real })
+        Ok(Material { pairs, real: self.real(base)? })
+    }
+
+    /// Finds what would stop a run for want of pairs or images, before its folder is made.
+    pub fn check_material(&self, base: &Checkpoint) -> Result<()> {
+        if self.pairs > 0 {
+            self.pairs(base).check(&self.pairs_dir)?;
+        }
+        self.real(base).map(drop)
+    }
+
+    fn real(&self, base: &Checkpoint) -> Result<Option<Dataset>> {
+        if self.gan_weight == 0.0 {
+            return Ok(None);
+        }
+        let data = Dataset::fashion_mnist(self.data.as_deref(), Split::Train)?;
+        let expected = base.config.image_shape();
+        if data.shape != expected {
+            return Err(Error::Request(format!(
+                "the real images have shape {:?}, expected {expected:?} from base `{}`",
+                data.shape, self.base
+            )));
+        }
+        Ok(Some(data))
     }
 }
 
 /// Distils, or continues, and returns the folder of the finished generator.
 pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<PathBuf> {
     let base = load_teacher(run)?;
-    let material = options.material(&base, device)?;
+    let resume = format!("continue with `dmd-distill --resume {}`", run.folder.display());
+    let material = options.material(&base, device).map_err(|e| e.continue_with(&resume))?;
     let resumed = run.load_state()?;
     let mut step = resumed.as_ref().map_or(0, |(step, _)| *step);
     let mut work = Distillation::new(options, &base, resumed.as_ref().map(|(_, t)| t), device)?;
@@ -163,10 +187,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
             run.save_state(step, &work.state(&ema.tensors)?)?;
         }
         if stop && !last {
-            return Err(Error::Interrupted(format!(
-                "stopped after step {step}\n\nhint: continue with `dmd-distill --resume {}`",
-                run.folder.display()
-            )));
+            return Err(Error::Interrupted(format!("stopped after step {step}\n\nhint: {resume}")));
         }
     }
 
@@ -219,7 +240,12 @@ fn finished(o: &DistillOptions, base: &Checkpoint, average: Tensors) -> Checkpoi
         provenance: Provenance {
             name: format!("one-step-{}", base.provenance.name.trim_start_matches("ddpm-")),
             classes: base.provenance.classes.clone(),
-            base: Some(Base { id: base_id(&o.base), sha256: o.base_sha256.clone() }),
+            base: Some(
+                base.provenance
+                    .base
+                    .clone()
+                    .unwrap_or_else(|| Base { id: base_id(&o.base), sha256: o.base_sha256.clone() }),
+            ),
             training: training.as_object().cloned().unwrap_or_default(),
             metrics: serde_json::Map::new(),
         },
@@ -228,7 +254,7 @@ fn finished(o: &DistillOptions, base: &Checkpoint, average: Tensors) -> Checkpoi
     }
 }
 
-/// A preset's name, or the last part of a folder's path.
+/// A preset's name, or the last part of a folder's path; a model of the hub says itself what it is.
 fn base_id(base: &str) -> String {
     Path::new(base).file_name().map_or(base.to_owned(), |n| n.to_string_lossy().into_owned())
 }
