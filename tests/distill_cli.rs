@@ -2,11 +2,9 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use dmd_tests::{Finished, binary, fixture, read_text, run_bin};
+use dmd_tests::{Finished, fixture, read_text, run_bin};
 use serde_json::Value;
 
 fn distill(cwd: &Path, args: &[&str]) -> Result<Finished> {
@@ -73,85 +71,21 @@ fn a_run_leaves_a_generator_and_pictures() -> Result<()> {
 }
 
 #[test]
-fn a_resumed_run_equals_an_uninterrupted_one() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let base = fixture_path("tiny-class")?;
-    for (out, steps) in [("whole", "4"), ("parts", "2")] {
-        let done = distill(folder.path(), &small(&base, out, steps))?;
-        ensure!(done.code == Some(0), "{done:?}");
-    }
-    let parts = folder.path().join("parts");
-    let stats = parts.join("stats.jsonl");
-    let later = "{\"step\":3,\"dm\":9.0}\n{\"step\":4,\"d";
-    fs::write(&stats, format!("{}{later}", read_text(&stats)?))?;
-    let done = distill(folder.path(), &["--resume", "parts", "--train-steps", "4"])?;
-    ensure!(done.code == Some(0), "{done:?}");
-    for file in ["run.json", "stats.jsonl", "generator/model.safetensors", "checkpoints/state.safetensors"] {
-        let [whole, parts] = ["whole", "parts"].map(|run| fs::read(folder.path().join(run).join(file)));
-        ensure!(whole? == parts?, "`{file}` differs");
-    }
-    Ok(())
-}
-
-/// Killed at many moments, from before the first file to after the last step, and continued each time.
-#[test]
-fn a_killed_run_ends_like_an_uninterrupted_one() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let base = fixture_path("tiny-class")?;
-    let whole = distill(folder.path(), &small(&base, "whole", "12"))?;
-    ensure!(whole.code == Some(0), "{whole:?}");
-    let run = folder.path().join("killed");
-    let start = small(&base, "killed", "12");
-    let arguments = || if run.exists() { vec!["--resume", "killed"] } else { start.clone() };
-    let mut kills = 0;
-    for delay in [2, 20, 60, 100, 140, 180, 220, 260, 300, 350, 400, 500] {
-        let mut process = Command::new(binary("dmd-distill")?)
-            .args(arguments())
-            .current_dir(folder.path())
-            .stderr(Stdio::null())
-            .spawn()?;
-        std::thread::sleep(Duration::from_millis(delay));
-        process.kill()?;
-        kills += usize::from(process.wait()?.code().is_none());
-    }
-    ensure!(kills > 3, "only {kills} of the processes were still running");
-    let done = distill(folder.path(), &arguments())?;
-    ensure!(done.code == Some(0), "{done:?}");
-    for file in ["run.json", "stats.jsonl", "generator/model.safetensors", "checkpoints/state.safetensors"] {
-        let [whole, killed] = ["whole", "killed"].map(|run| fs::read(folder.path().join(run).join(file)));
-        ensure!(whole? == killed?, "`{file}` differs");
-    }
-    Ok(())
-}
-
-#[test]
-fn pairs_do_not_depend_on_how_they_were_made() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let base = fixture_path("tiny-ddpm")?;
-    let pairs = |out: &str, count: &str| {
-        distill(folder.path(), &["pairs", "--base", &base, "--count", count, "--steps", "1", "--out", out])
-    };
-    for (out, count) in [("a", "300"), ("b", "10"), ("b", "300")] {
-        let done = pairs(out, count)?;
-        ensure!(done.code == Some(0), "{done:?}");
-    }
-    for shard in ["shard-00000.safetensors", "shard-00001.safetensors"] {
-        let [a, b] = ["a", "b"].map(|out| fs::read(folder.path().join(out).join(shard)));
-        ensure!(a? == b?, "`{shard}` differs");
-    }
-    let other =
-        distill(folder.path(), &["pairs", "--base", &base, "--count", "4", "--steps", "2", "--out", "a"])?;
-    refused(&other, &["pairs.json", "another base, sampler or seed", "hint:"])
-}
-
-#[test]
 fn bases_are_listed_with_their_size() -> Result<()> {
     let listed = distill(Path::new("."), &["bases", "--json"])?;
     ensure!(listed.code == Some(0), "{listed:?}");
     let bases: Value = serde_json::from_str(&listed.stdout)?;
-    let fashion = &bases[0];
-    ensure!(fashion["name"] == "ddpm-fashion" && fashion["classes"] == 10, "{fashion}");
-    ensure!(fashion["parameters"] == 687_473, "{fashion}");
+    let expected = [
+        ("ddpm-fashion", 687_473, Some(10)),
+        ("ddpm-mnist", 6_585_601, Some(10)),
+        ("ddpm-celeba", 426_691, None),
+        ("ddpm-cifar10", 35_746_307, None),
+    ];
+    ensure!(bases.as_array().is_some_and(|all| all.len() == expected.len()), "{bases}");
+    for (base, (name, parameters, classes)) in bases.as_array().into_iter().flatten().zip(expected) {
+        ensure!(base["name"] == name && base["parameters"] == parameters, "{base}");
+        ensure!(base["classes"].as_u64() == classes, "{base}");
+    }
     Ok(())
 }
 
@@ -176,6 +110,13 @@ fn flags_win_over_the_file() -> Result<()> {
     let args = ["--base", &base, "--config", "recipe.toml", "--lr", "0.01", "--dry-run"];
     let options: Value = serde_json::from_str(&distill(folder.path(), &args)?.stdout)?;
     ensure!(options["batch"] == 7 && options["lr"] == 0.01, "{options}");
+    for t_gen in ["399", "\"399\""] {
+        fs::write(folder.path().join("recipe.toml"), format!("t-gen = {t_gen}\n"))?;
+        let options: Value = serde_json::from_str(&distill(folder.path(), &args)?.stdout)?;
+        ensure!(options["t_gen"] == 399, "{options}");
+    }
+    fs::write(folder.path().join("recipe.toml"), "t-gen = 3.5\n")?;
+    refused(&distill(folder.path(), &args)?, &["recipe.toml", "a step, `last` or `auto`"])?;
     fs::write(folder.path().join("recipe.toml"), "bacth = 7\n")?;
     refused(&distill(folder.path(), &args)?, &["recipe.toml", "bacth"])
 }
@@ -214,7 +155,7 @@ fn damaged(folder: &Path, file: &str, change: impl FnOnce(Vec<u8>) -> Option<Vec
         fs::copy(&path, base.join(path.file_name().context("no name")?))?;
     }
     let path = base.join(file);
-    match change(fs::read(&path)?) {
+    match change(fs::read(&path).unwrap_or_default()) {
         Some(bytes) => fs::write(&path, bytes)?,
         None => fs::remove_file(&path)?,
     }
@@ -227,6 +168,9 @@ const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 fn a_damaged_base_is_refused_by_file_and_tensor() -> Result<()> {
     let replace = |from: &'static str, to: &'static str| {
         move |bytes: Vec<u8>| Some(String::from_utf8_lossy(&bytes).replace(from, to).into_bytes())
+    };
+    let card = |classes: &'static str| {
+        move |_: Vec<u8>| Some(format!(r#"{{"name":"x","classes":{classes}}}"#).into_bytes())
     };
     type Change = Box<dyn FnOnce(Vec<u8>) -> Option<Vec<u8>>>;
     let cases: Vec<(&str, Change, Vec<&str>)> = vec![
@@ -259,6 +203,9 @@ fn a_damaged_base_is_refused_by_file_and_tensor() -> Result<()> {
         ),
         ("config.json", Box::new(replace("\"silu\"", "\"tanh\"")), vec!["`act_fn`", "tanh"]),
         ("config.json", Box::new(|_| Some(b"{".to_vec())), vec!["config.json"]),
+        ("card.json", Box::new(card(r#"{"count":0}"#)), vec!["card.json", "0 classes", "11"]),
+        ("card.json", Box::new(card(r#"{"count":10,"none":11}"#)), vec!["card.json", "Some(11)", "11"]),
+        ("card.json", Box::new(card(r#"{"count":2,"names":["a"]}"#)), vec!["card.json", "1 class names"]),
     ];
     for (file, change, says) in cases {
         let folder = tempfile::tempdir()?;
@@ -294,6 +241,52 @@ fn options_that_make_no_sense_are_refused() -> Result<()> {
     refused(&distill(folder.path(), &["--resume", "x", "--lr", "1e-3"])?, &["only `--train-steps`"])
 }
 
+/// A base with fewer steps than pictures and pairs have by default.
+#[test]
+fn a_base_of_few_steps_goes_the_whole_way() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let base = damaged(folder.path(), "scheduler_config.json", |_| {
+        Some(br#"{"_class_name":"DDPMScheduler","num_train_timesteps":8}"#.to_vec())
+    })?;
+    let args = "--batch 2 --pairs 2 --train-steps 1 --fake-updates 1 --samples 2 --out run";
+    let args: Vec<&str> = ["--base", &base].into_iter().chain(args.split(' ')).collect();
+    let done = distill(folder.path(), &args)?;
+    ensure!(done.code == Some(0) && folder.path().join("run/comparison.png").is_file(), "{done:?}");
+    let options: Value = serde_json::from_str(&read_text(&folder.path().join("run/run.json"))?)?;
+    ensure!(options["pair_steps"] == 8, "{options}");
+    let done = distill(folder.path(), &["sample", &base, "--count", "1"])?;
+    ensure!(done.code == Some(0), "{done:?}");
+    Ok(())
+}
+
+#[test]
+fn what_a_run_cannot_use_is_refused_before_its_folder_is_made() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let base = fixture_path("tiny-class")?;
+    let pairs = |steps: &str, out: &str| {
+        distill(folder.path(), &["pairs", "--base", &base, "--count", "8", "--steps", steps, "--out", out])
+    };
+    for (steps, out) in [("3", "other"), ("2", "pairs")] {
+        let done = pairs(steps, out)?;
+        ensure!(done.code == Some(0), "{done:?}");
+    }
+    let args = small(&base, "run", "1");
+    let wrong = [&args[..args.len() - 1], &["other"]].concat();
+    refused(
+        &distill(folder.path(), &wrong)?,
+        &["pairs.json", "another base, sampler or seed", "--pairs-dir"],
+    )?;
+    let images = [&args[..], &["--gan-weight", "0.1", "--data", "nowhere"]].concat();
+    refused(&distill(folder.path(), &images)?, &["nowhere"])?;
+    ensure!(!folder.path().join("run").exists(), "a run was begun");
+    let shard = folder.path().join("pairs/shard-00000.safetensors");
+    let before = (fs::read(&shard)?, fs::metadata(&shard)?.modified()?);
+    let done = distill(folder.path(), &args)?;
+    ensure!(done.code == Some(0), "{done:?}");
+    ensure!(before == (fs::read(&shard)?, fs::metadata(&shard)?.modified()?), "pairs were computed again");
+    Ok(())
+}
+
 #[test]
 fn a_generator_is_neither_a_base_nor_sampled_in_many_steps() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -301,6 +294,10 @@ fn a_generator_is_neither_a_base_nor_sampled_in_many_steps() -> Result<()> {
     let done = distill(folder.path(), &small(&base, "run", "1"))?;
     ensure!(done.code == Some(0), "{done:?}");
     refused(&distill(folder.path(), &["--base", "./run/generator"])?, &["one-step generator already"])?;
+    refused(
+        &distill(folder.path(), &["--base", "run"])?,
+        &["the folder of a run", "hint:", "`run/teacher`"],
+    )?;
     refused(
         &distill(folder.path(), &["sample", "run", "--steps", "4"])?,
         &["one-step generator", "--steps 4"],

@@ -3,11 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
@@ -15,128 +13,13 @@ use dmd_core::config::ModelConfig;
 use dmd_distill::base;
 use dmd_distill::checkpoint::{Checkpoint, Source};
 use dmd_distill::network::Tensors;
+use dmd_tests::hub::{COMMIT, COMMIT_2, Files, Hub, NEWER, Served};
 use dmd_tests::{Finished, Golden, binary, fixture, run_bin, seeded};
-use sha2::{Digest, Sha256};
+use serde_json::Value;
 
 const SCHEDULE: &str =
     r#"{"_class_name":"DDPMScheduler","num_train_timesteps":1000,"beta_start":0.0001,"beta_end":0.02}"#;
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-
-/// One file on the server.
-#[derive(Clone)]
-struct Served {
-    bytes: Vec<u8>,
-    /// SHA-256 that the server announces, if it is a large file.
-    sha256: Option<String>,
-    /// The first answer stops after so many bytes.
-    cut: Option<usize>,
-}
-
-impl Served {
-    fn small(text: &str) -> Self {
-        Self { bytes: text.into(), sha256: None, cut: None }
-    }
-
-    fn large(bytes: Vec<u8>) -> Self {
-        let sha256 = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
-        Self { bytes, sha256: Some(sha256), cut: None }
-    }
-}
-
-type Files = BTreeMap<String, Served>;
-
-/// A server with the hub's layout, and the requests that it got.
-struct Hub {
-    address: String,
-    asked: Arc<Mutex<Vec<String>>>,
-}
-
-impl Hub {
-    /// Serves files under `REPOSITORY/NAME`.
-    fn start(files: Files) -> Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let address = format!("http://{}", listener.local_addr()?);
-        let (files, asked) = (Arc::new(Mutex::new(files)), Arc::new(Mutex::new(Vec::new())));
-        let log = asked.clone();
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let (files, log) = (files.clone(), log.clone());
-                std::thread::spawn(move || while answer(&stream, &files, &log).is_ok_and(|more| more) {});
-            }
-        });
-        Ok(Self { address, asked })
-    }
-
-    fn asked(&self) -> Vec<String> {
-        self.asked.lock().map(|asked| asked.clone()).unwrap_or_default()
-    }
-}
-
-/// Answers one request; whether the connection goes on.
-fn answer(mut stream: &TcpStream, files: &Mutex<Files>, log: &Mutex<Vec<String>>) -> Result<bool> {
-    let mut lines = BufReader::new(stream).lines();
-    let Some(first) = lines.next().transpose()? else { return Ok(false) };
-    let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
-    let mut start = 0;
-    let mut whole = true;
-    for line in lines.by_ref() {
-        let line = line?.to_ascii_lowercase();
-        if let Some(range) = line.strip_prefix("range: bytes=") {
-            let (from, to) = range.split_once('-').context("range")?;
-            (start, whole) = (from.parse()?, to.is_empty());
-        }
-        if line.is_empty() {
-            break;
-        }
-    }
-    log.lock().map_err(|_| anyhow::anyhow!("log"))?.push(format!("{path} from {start}"));
-    let mut files = files.lock().map_err(|_| anyhow::anyhow!("files"))?;
-    let missing = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n";
-    if let Some(rest) = path.strip_prefix("/api/models/") {
-        let (repository, revision) = rest.split_once("/revision/").context("revision")?;
-        let names: Vec<String> = files
-            .keys()
-            .filter_map(|f| f.strip_prefix(&format!("{repository}/")))
-            .map(str::to_owned)
-            .collect();
-        if revision != "main" || names.is_empty() {
-            stream.write_all(missing.as_bytes())?;
-            return Ok(true);
-        }
-        let siblings: Vec<_> = names.iter().map(|name| serde_json::json!({ "rfilename": name })).collect();
-        let body = serde_json::json!({ "siblings": siblings, "sha": COMMIT }).to_string();
-        write!(
-            stream,
-            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        )?;
-        return Ok(true);
-    }
-    let name = path.trim_start_matches('/').replacen("/resolve/main/", "/", 1);
-    let Some(file) = files.get_mut(&name) else {
-        stream.write_all(missing.as_bytes())?;
-        return Ok(true);
-    };
-    let end = if whole { file.bytes.len() } else { (start + 1).min(file.bytes.len()) };
-    let part = &file.bytes[start.min(end)..end];
-    let etag = file.sha256.clone().unwrap_or_else(|| format!("{:040x}", name.len()));
-    write!(
-        stream,
-        "HTTP/1.1 206 Partial Content\r\nETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\nContent-Range: bytes {start}-{}/{}\r\n\
-         Content-Length: {}\r\n\r\n",
-        end.saturating_sub(1),
-        file.bytes.len(),
-        part.len()
-    )?;
-    if let (true, Some(cut)) = (whole, file.cut) {
-        file.cut = None;
-        stream.write_all(&part[..cut.min(part.len())])?;
-        stream.shutdown(std::net::Shutdown::Both)?;
-        return Ok(false);
-    }
-    stream.write_all(part)?;
-    Ok(true)
-}
+const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
 /// `dmd-distill` with a hub and a cache of its own.
 fn distill(cwd: &Path, hub: &str, environment: &[(&str, &str)], arguments: &[&str]) -> Result<Finished> {
@@ -200,7 +83,7 @@ fn folder(path: &Path, config: &str, weights: &[u8]) -> Result<PathBuf> {
     fs::create_dir_all(path)?;
     fs::write(path.join("config.json"), config)?;
     fs::write(path.join("scheduler_config.json"), SCHEDULE)?;
-    fs::write(path.join("diffusion_pytorch_model.safetensors"), weights)?;
+    fs::write(path.join(WEIGHTS), weights)?;
     Ok(path.to_owned())
 }
 
@@ -208,7 +91,7 @@ fn folder(path: &Path, config: &str, weights: &[u8]) -> Result<PathBuf> {
 #[test]
 fn ddpm_cifar10_goes_the_whole_way_from_the_hub() -> Result<()> {
     let (config, weights) = case("ddpm-cifar10")?;
-    let cut = Served { cut: Some(weights.len() / 2), ..Served::large(weights) };
+    let cut = Served { cut: Some((1, weights.len() / 2)), ..Served::large(weights) };
     let hub = Hub::start(Files::from([
         ("google/ddpm-cifar10-32/config.json".to_owned(), Served::small(&config)),
         ("google/ddpm-cifar10-32/scheduler_config.json".to_owned(), Served::small(SCHEDULE)),
@@ -219,9 +102,12 @@ fn ddpm_cifar10_goes_the_whole_way_from_the_hub() -> Result<()> {
         ("google/ddpm-cifar10-32/diffusion_pytorch_model.safetensors".to_owned(), cut.clone()),
     ]))?;
     let cwd = tempfile::tempdir()?;
-    whole_way(cwd.path(), &hub.address, "ddpm-cifar10")?;
-    let name = "/google/ddpm-cifar10-32/resolve/main/diffusion_pytorch_model.safetensors";
-    let again: Vec<String> = hub.asked().into_iter().filter(|path| path.starts_with(name)).collect();
+    whole_way(cwd.path(), &format!("{}/", hub.address), "ddpm-cifar10")?;
+    let card: Value = serde_json::from_slice(&fs::read(cwd.path().join("run/generator/card.json"))?)?;
+    ensure!(card["name"] == "one-step-cifar10", "{card}");
+    ensure!(card["base"]["id"] == format!("google/ddpm-cifar10-32@{COMMIT}"), "{card}");
+    let name = format!("/google/ddpm-cifar10-32/resolve/{COMMIT}/{WEIGHTS}");
+    let again: Vec<String> = hub.asked().into_iter().filter(|path| path.starts_with(&name)).collect();
     let resumed = again.iter().any(|path| path.rsplit(' ').next().is_some_and(|from| from != "0"));
     ensure!(resumed, "the download did not go on where it stopped: {again:?}");
     let listed = distill(cwd.path(), &hub.address, &[], &["bases"])?;
@@ -232,13 +118,86 @@ fn ddpm_cifar10_goes_the_whole_way_from_the_hub() -> Result<()> {
     Ok(())
 }
 
+/// Cut for good, then continued by a second command; a tag; the token; another commit while the first is in the cache.
+#[test]
+fn a_download_is_of_one_commit_and_goes_on_with_the_next_command() -> Result<()> {
+    let (config, bytes) = case("small-heads")?;
+    let half = bytes.len() / 2;
+    let cut = Served { cut: Some((3, half / 4)), ..Served::large(bytes.clone()) };
+    let hub = Hub::start(Files::from([
+        ("a/moved/config.json".to_owned(), Served::small(&config)),
+        ("a/moved/scheduler_config.json".to_owned(), Served::small(SCHEDULE)),
+        (format!("a/moved/{WEIGHTS}"), cut),
+    ]))?;
+    let cwd = tempfile::tempdir()?;
+    let run = |base: &str, environment: &[(&str, &str)]| {
+        distill(cwd.path(), &hub.address, environment, &["--base", base, "--dry-run"])
+    };
+    refused(&run("a/moved", &[("HF_TOKEN", "secret")])?, &["cannot download `a/moved`", "goes on", "hint:"])?;
+    let asked = hub.asked();
+    ensure!(asked.iter().all(|line| line.contains(" with bearer secret")), "{asked:?}");
+    refused(
+        &run("a/moved", &[("HF_HUB_OFFLINE", "1")])?,
+        &["incomplete in the cache", "unset HF_HUB_OFFLINE"],
+    )?;
+    let before = asked.len();
+    let done = run("a/moved", &[])?;
+    ensure!(done.code == Some(0) && done.stderr.contains(&format!("downloading {WEIGHTS}")), "{done:?}");
+    let asked = hub.asked();
+    let resumed = |line: &String| line.contains(&format!("{WEIGHTS} from")) && !line.ends_with(" from 0");
+    ensure!(asked[before..].iter().any(resumed), "the second command began again: {asked:?}");
+
+    let tagged = run("a/moved@v1", &[])?;
+    ensure!(tagged.code == Some(0), "{tagged:?}");
+    let whole =
+        |asked: &[String]| asked.iter().filter(|line| line.contains(&format!("{WEIGHTS} from"))).count();
+    let count = whole(&hub.asked());
+    hub.replace(NEWER, Served::small("the second commit"));
+    let done = run("a/moved", &[])?;
+    ensure!(done.code == Some(0), "{done:?}");
+    let snapshots = cwd.path().join("cache/hub/models--a--moved/snapshots");
+    ensure!(snapshots.join(COMMIT_2).join(WEIGHTS).is_file(), "the weights are not in the second snapshot");
+    ensure!(whole(&hub.asked()) == count, "unchanged weights were downloaded again");
+    for base in ["a/moved", "a/moved@v1"] {
+        let done = distill(
+            cwd.path(),
+            "http://127.0.0.1:9",
+            &[("HF_HUB_OFFLINE", "1")],
+            &["--base", base, "--dry-run"],
+        )?;
+        ensure!(done.code == Some(0), "{done:?}");
+    }
+    Ok(())
+}
+
+/// An estimate for a preset needs neither the network nor a place to write.
+#[test]
+fn a_dry_run_of_a_preset_downloads_nothing() -> Result<()> {
+    let hub = Hub::start(Files::new())?;
+    let cwd = tempfile::tempdir()?;
+    let done = distill(cwd.path(), &hub.address, &[], &["--base", "ddpm-cifar10", "--dry-run"])?;
+    ensure!(done.code == Some(0), "{done:?}");
+    for says in ["parameters 35746307", "million multiply-adds", "memory about", "time about", "not loaded"] {
+        ensure!(done.stderr.contains(says), "`{says}` is not in: {}", done.stderr);
+    }
+    let options: Value = serde_json::from_str(&done.stdout)?;
+    ensure!(options["lr"] == 2e-5 && options["base"] == "ddpm-cifar10", "{options}");
+    ensure!(options.get("base_sha256").is_none() && options.get("pairs_dir").is_none(), "{options}");
+    ensure!(hub.asked().is_empty(), "{:?}", hub.asked());
+    ensure!(fs::read_dir(cwd.path())?.next().is_none(), "something was written");
+    Ok(())
+}
+
 /// The other two reference networks at full size, with random weights, from folders.
 #[test]
 fn ddpm_mnist_and_ddpm_celeba_go_the_whole_way() -> Result<()> {
     for name in ["ddpm-mnist", "ddpm-celeba"] {
         let cwd = tempfile::tempdir()?;
         let (config, weights) = case(name)?;
-        folder(&cwd.path().join("base"), &config, &weights)?;
+        let base = folder(&cwd.path().join("base"), &config, &weights)?;
+        if name == "ddpm-mnist" {
+            fs::write(base.join("scheduler_config.json"), SCHEDULE.replace("1000", "401"))?;
+        }
         whole_way(cwd.path(), "http://127.0.0.1:9", "./base").context(name)?;
     }
     Ok(())
@@ -253,7 +212,6 @@ fn what_a_hub_cannot_give_is_said() -> Result<()> {
     let latent = r#"{"_class_name":"LDMPipeline","vqvae":["diffusers","VQModel"]}"#;
     let conditional = r#"{"_class_name":"UNet2DConditionModel"}"#;
     let mut files = Files::new();
-    let weights = "diffusion_pytorch_model.safetensors";
     for (repository, config, index, served) in [
         ("a/wrong", config.as_str(), "", &wrong),
         ("a/text", config.as_str(), text, &good),
@@ -263,7 +221,7 @@ fn what_a_hub_cannot_give_is_said() -> Result<()> {
     ] {
         files.insert(format!("{repository}/unet/config.json"), Served::small(config));
         files.insert(format!("{repository}/scheduler/scheduler_config.json"), Served::small(SCHEDULE));
-        files.insert(format!("{repository}/unet/{weights}"), served.clone());
+        files.insert(format!("{repository}/unet/{WEIGHTS}"), served.clone());
         if !index.is_empty() {
             files.insert(format!("{repository}/model_index.json"), Served::small(index));
         }
@@ -281,7 +239,10 @@ fn what_a_hub_cannot_give_is_said() -> Result<()> {
     refused(&run("a/latent", &[])?, &["LDMPipeline", "vqvae", "not supported"])?;
     refused(&run("a/conditional", &[])?, &["_class_name", "UNet2DConditionModel"])?;
     refused(&run("a/empty", &[])?, &["no `config.json`", "UNet2DModel"])?;
-    refused(&run("a/missing", &[])?, &["has no model `a/missing`", "hint:"])?;
+    refused(
+        &run("a/missing", &[])?,
+        &["there is no file or folder `a/missing` here", "has no model `a/missing`", "hint:"],
+    )?;
     refused(&run("a/good@v2", &[])?, &["a/good@v2", "revision"])?;
     refused(&run("a/never", &[("HF_HUB_OFFLINE", "1")])?, &["not in the cache", "HF_HUB_OFFLINE"])?;
     let unreachable = distill(cwd.path(), "http://127.0.0.1:9", &[], &["--base", "a/other", "--dry-run"])?;
@@ -312,6 +273,33 @@ fn pytorch_files_of_other_programs_are_read_and_never_executed() -> Result<()> {
         }
     }
     let cwd = tempfile::tempdir()?;
+    let zipped = cwd.path().join("pretrained_model.zip");
+    zip(
+        &zipped,
+        &[("__MACOSX/._model.pth", b"x"), ("model/model_39.pth", &fs::read(pickles.join("mnist.pth"))?)],
+    )?;
+    let checkpoint = base::load(zipped.to_str().context("a path")?)?;
+    ensure!(
+        checkpoint.config == ModelConfig::from_json(small_mnist)?
+            && checkpoint.provenance.name == "pretrained_model"
+    );
+    let inside = cwd.path().join("folder");
+    fs::create_dir(&inside)?;
+    fs::write(inside.join("config.json"), small_celeba)?;
+    fs::write(inside.join("scheduler_config.json"), SCHEDULE.replace("1000", "50"))?;
+    fs::copy(pickles.join("celeba.pt"), inside.join("epoch-3.pt"))?;
+    let from_folder = Checkpoint::load(&Source::Folder(inside.clone()))?;
+    ensure!(from_folder.config == ModelConfig::from_json(small_celeba)?);
+    fs::rename(inside.join("epoch-3.pt"), inside.join("part-1.bin"))?;
+    let map: serde_json::Map<String, Value> =
+        from_folder.tensors.keys().map(|name| (name.clone(), "part-1.bin".into())).collect();
+    let index = serde_json::json!({ "weight_map": map }).to_string();
+    fs::write(inside.join("diffusion_pytorch_model.bin.index.json"), index)?;
+    let from_shards = Checkpoint::load(&Source::Folder(inside.clone()))?;
+    ensure!(from_shards.tensors.keys().eq(from_folder.tensors.keys()));
+    for path in [&zipped, &inside] {
+        fs::remove_dir_all(path).or_else(|_| fs::remove_file(path))?;
+    }
     let code = pickles.join("code.pth");
     let done = distill(
         cwd.path(),
@@ -321,6 +309,38 @@ fn pytorch_files_of_other_programs_are_read_and_never_executed() -> Result<()> {
     )?;
     refused(&done, &["code.pth", ".system", "nothing in it was executed", "hint:"])?;
     ensure!(fs::read_dir(cwd.path())?.count() == 0, "something was written");
+    Ok(())
+}
+
+/// Writes a compressed zip file.
+fn zip(path: &Path, entries: &[(&str, &[u8])]) -> Result<()> {
+    let mut archive = zip::ZipWriter::new(fs::File::create(path)?);
+    let options =
+        zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Deflated);
+    for (name, bytes) in entries {
+        archive.start_file(*name, options)?;
+        archive.write_all(bytes)?;
+    }
+    archive.finish()?;
+    Ok(())
+}
+
+#[test]
+fn a_network_that_does_not_know_all_steps_is_refused() -> Result<()> {
+    let cwd = tempfile::tempdir()?;
+    for (config, says) in [
+        (
+            r#"{"_class_name":"ContextUnet","n_feat":8,"n_steps":400}"#,
+            ["got 1000", "expected 401", "`n_steps` 400"],
+        ),
+        (
+            r#"{"_class_name":"CelebaUNet","channels":8,"n_steps":50}"#,
+            ["got 1000", "expected 50", "`n_steps` 50"],
+        ),
+    ] {
+        folder(&cwd.path().join("base"), config, b"")?;
+        refused(&distill(cwd.path(), "http://127.0.0.1:9", &[], &["--base", "./base", "--dry-run"])?, &says)?;
+    }
     Ok(())
 }
 

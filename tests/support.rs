@@ -1,6 +1,7 @@
 //! What the tests of all crates share: golden data, fixtures, and the built binaries.
 //! Must not contain a test, nor anything that computes an expected value.
 
+pub mod hub;
 pub mod operations;
 pub mod seeded;
 

@@ -70,10 +70,10 @@ pub struct Classes {
     pub none: Option<usize>,
 }
 
-/// The base model a network was trained from.
+/// A published model: the one that this model is a copy of, or was distilled from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Base {
-    /// Preset, hub id or folder name.
+    /// Preset, hub id with the commit (`ORG/NAME@COMMIT`), or folder name.
     pub id: String,
     /// SHA-256 of its weights file, hexadecimal.
     pub sha256: String,
@@ -87,7 +87,7 @@ pub struct Provenance {
     /// Classes, if conditional.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub classes: Option<Classes>,
-    /// Base model, if this one was distilled.
+    /// Base model, if this one was distilled from it or is it, downloaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<Base>,
     /// Method, steps, images, seed, ….
@@ -174,6 +174,27 @@ impl Provenance {
     pub fn named(name: impl Into<String>) -> Self {
         let (training, metrics) = (serde_json::Map::new(), serde_json::Map::new());
         Self { name: name.into(), classes: None, base: None, training, metrics }
+    }
+
+    /// Compares the classes with the rows of the network's class table.
+    pub fn check_classes(&self, rows: Option<usize>) -> Result<()> {
+        let wrong = |problem: String| Err(Error::Card(problem));
+        match (&self.classes, rows) {
+            (None, _) => Ok(()),
+            (Some(c), None) => {
+                wrong(format!("got {} classes, but config.json describes a network without classes", c.count))
+            }
+            (Some(c), Some(rows)) if c.count == 0 || c.count > rows || c.none.is_some_and(|n| n >= rows) => {
+                wrong(format!(
+                    "got {} classes and `none` {:?}, expected rows of the {rows} in the class table of config.json",
+                    c.count, c.none
+                ))
+            }
+            (Some(c), Some(_)) if !c.names.is_empty() && c.names.len() != c.count => {
+                wrong(format!("got {} class names for {} classes", c.names.len(), c.count))
+            }
+            (Some(_), Some(_)) => Ok(()),
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::config::Keys;
+use crate::config::{Keys, ModelConfig};
 use crate::{Error, Result};
 
 /// How `betas` grow from step to step.
@@ -105,6 +105,27 @@ impl TryFrom<Map<String, Value>> for ScheduleConfig {
 }
 
 impl ScheduleConfig {
+    /// Whether a network knows all steps of this schedule: `ContextUnet` takes the step as `t / n_steps` with `t` from 0 to
+    /// `n_steps`, `CelebaUNet` from a table of `n_steps` rows.
+    ///
+    /// # Errors
+    /// Names both numbers.
+    pub fn check_network(&self, network: &ModelConfig) -> Result<()> {
+        let steps = self.num_train_timesteps;
+        let (fits, n_steps, expected) = match network {
+            ModelConfig::ContextUnet(c) => (steps == c.n_steps + 1, c.n_steps, c.n_steps + 1),
+            ModelConfig::CelebaUnet(c) => (steps <= c.n_steps, c.n_steps, c.n_steps),
+            ModelConfig::UNet2D(_) => return Ok(()),
+        };
+        if fits {
+            return Ok(());
+        }
+        let problem = format!(
+            "got {steps} in scheduler_config.json, expected {expected} from `n_steps` {n_steps} in config.json"
+        );
+        Err(Error::config("num_train_timesteps", problem))
+    }
+
     fn check(&self) -> Result<()> {
         let wrong = |key: &str, problem: String| Err(Error::config(key, problem));
         if !(2..=100_000).contains(&self.num_train_timesteps) {
@@ -267,6 +288,23 @@ mod tests {
             let (of_x_t, of_target) = prediction.x0_factors(alpha, sigma);
             let got = of_x_t * x_t + of_target * (of_x0 * x0 + of_eps * eps);
             assert!((got - x0).abs() < 1e-12, "{prediction:?}: got {got}");
+        }
+    }
+
+    #[test]
+    fn a_network_knows_every_step_of_its_schedule() {
+        let steps = |n: usize| read(&format!("{{\"num_train_timesteps\":{n}}}")).unwrap();
+        let mnist =
+            ModelConfig::from_json(r#"{"_class_name":"ContextUnet","n_feat":8,"n_steps":50}"#).unwrap();
+        let celeba = ModelConfig::from_json(r#"{"_class_name":"CelebaUNet","n_steps":50}"#).unwrap();
+        assert!(steps(51).check_network(&mnist).is_ok() && steps(50).check_network(&celeba).is_ok());
+        assert!(steps(20).check_network(&celeba).is_ok());
+        for (n, network, expected) in [(50, &mnist, "51"), (1000, &mnist, "51"), (51, &celeba, "50")] {
+            let problem = steps(n).check_network(network).unwrap_err().to_string();
+            assert!(
+                [&n.to_string(), expected, "`n_steps` 50"].iter().all(|s| problem.contains(*s)),
+                "{problem}"
+            );
         }
     }
 

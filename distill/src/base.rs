@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use dmd_core::card::{Classes, Provenance};
+use dmd_core::card::{Base, Classes, Provenance};
 use dmd_core::config::ModelConfig;
 use dmd_core::net::shapes;
 use dmd_core::schedule::{Schedule, ScheduleConfig};
@@ -159,7 +159,11 @@ impl Preset {
     fn load(&self) -> Result<Checkpoint> {
         match self.weights {
             Weights::Bundled(files) => Checkpoint::load(&Source::Bundled(self.name, files)),
-            Weights::Hub(id) => Checkpoint::load(&Source::Folder(hub::fetch(id)?)),
+            Weights::Hub(id) => {
+                let checkpoint = from_hub(id)?;
+                let provenance = Provenance { base: checkpoint.provenance.base, ..self.provenance() };
+                Ok(Checkpoint { provenance, ..checkpoint })
+            }
             Weights::Elsewhere => Err(Error::Request(format!(
                 "no hub has the weights of `{0}`\n\nhint: `dmd-distill teacher --base {0}` trains them; if you have the \
                  original program's checkpoint, name the file: `--base FILE.pth`",
@@ -196,8 +200,8 @@ pub fn preset(name: &str) -> Result<&'static Preset> {
         let nearest = nearest.map_or(String::new(), |p| format!("did you mean `{}`? ", p.name));
         Error::Request(format!(
             "no base `{name}`: it is neither a preset, nor a file or folder, nor ORG/NAME on the hub\n\nhint: \
-             {nearest}`dmd-distill bases` lists the presets; a folder needs `config.json` and `model.safetensors` in \
-             diffusers layout"
+             {nearest}`dmd-distill bases` lists the presets; a folder needs `config.json`, `scheduler_config.json` \
+             and weights"
         ))
     })
 }
@@ -208,10 +212,11 @@ pub fn load(base: &str) -> Result<Checkpoint> {
     let checkpoint = match find(base) {
         Some(preset) => preset.load()?,
         None if path.is_file() => from_file(&path)?,
+        None if path.join("run.json").is_file() => return Err(run_folder(&path)),
         None if path.exists() || base.starts_with(['.', '/', '~']) => {
             Checkpoint::load(&Source::Folder(path))?
         }
-        None if hub::is_id(base) => Checkpoint::load(&Source::Folder(hub::fetch(base)?))?,
+        None if hub::is_id(base) => from_hub(base)?,
         None => preset(base)?.load()?,
     };
     if checkpoint.generator.is_some() {
@@ -220,6 +225,26 @@ pub fn load(base: &str) -> Result<Checkpoint> {
         )));
     }
     Ok(checkpoint)
+}
+
+/// A model of the hub; its card records which commit it is.
+fn from_hub(id: &str) -> Result<Checkpoint> {
+    let hub::Fetched { folder, name, commit } = hub::fetch(id)?;
+    let mut checkpoint = Checkpoint::load(&Source::Folder(folder))?;
+    let base = Base { id: format!("{name}@{commit}"), sha256: checkpoint.sha256.clone() };
+    let short = name.rsplit('/').next().unwrap_or(&name).to_owned();
+    checkpoint.provenance = Provenance { name: short, base: Some(base), ..checkpoint.provenance };
+    Ok(checkpoint)
+}
+
+/// Refuses the folder of a run by the name of the base in it.
+fn run_folder(path: &Path) -> Error {
+    let inside = path.join("teacher");
+    let hint = match inside.is_dir() {
+        true => format!("the base in it is `{}`", inside.display()),
+        false => "there is no base in it yet; finish the run with `--resume`".to_owned(),
+    };
+    Error::content(path, format!("it is the folder of a run, not of a model\n\nhint: {hint}"))
 }
 
 /// A file of weights alone, of one of the two networks that have no configuration file; its tensors say their sizes.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use dmd_core::card::{GeneratorConfig, Provenance};
+use dmd_core::card::{Classes, GeneratorConfig, Provenance};
 use dmd_core::config::ModelConfig;
 use dmd_core::net::{OneStep, shapes};
 use dmd_core::schedule::{Schedule, ScheduleConfig};
@@ -84,8 +84,9 @@ impl Source {
                 &self.path(),
                 format!(
                     "there is no `{name}`\n\nhint: a checkpoint folder has `config.json`, `scheduler_config.json` and \
-                     `{}`, as diffusers and dmd-distill write them",
-                    weights::NAMES[0]
+                     weights, which dmd-distill calls `{}` and diffusers `{}`",
+                    weights::NAMES[0],
+                    weights::NAMES[1]
                 ),
             )
         })
@@ -101,9 +102,16 @@ impl Checkpoint {
             return Err(Error::content(path, "there is no such folder"));
         }
         let config: ModelConfig = source.required("config.json")?;
-        let schedule = source.required("scheduler_config.json")?;
+        let schedule: ScheduleConfig = source.required("scheduler_config.json")?;
+        schedule.check_network(&config).map_err(|e| Error::content(&source.path(), e))?;
         let name = source.path().file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
-        let provenance = source.json("card.json")?.unwrap_or_else(|| Provenance::named(name));
+        let mut provenance = source.json("card.json")?.unwrap_or_else(|| Provenance::named(name));
+        if let (None, ModelConfig::ContextUnet(c)) = (&provenance.classes, &config) {
+            let none = Some(c.n_classes);
+            provenance.classes = Some(Classes { count: c.n_classes, names: Vec::new(), none });
+        }
+        let card = || source.path().join("card.json");
+        provenance.check_classes(config.class_rows()).map_err(|e| Error::content(&card(), e))?;
         Self::assemble(config, schedule, source.json("generator.json")?, provenance, weights::read(source)?)
     }
 

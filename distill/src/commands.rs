@@ -13,7 +13,8 @@ use crate::checkpoint::{Checkpoint, Source};
 use crate::error::{Error, Result};
 use crate::network::{Guidance, Network};
 use crate::options::{DistillArgs, PairsArgs, Recipe, SampleArgs};
-use crate::pairs::{self, PairsOptions};
+use crate::pairs::{self, PairsOptions, Share};
+use crate::report::TEACHER_STEPS;
 use crate::run::{Run, images, save_grid};
 use crate::sampler::{self, Request, Sampling, one_step};
 use crate::teacher;
@@ -68,10 +69,24 @@ pub fn distill(args: DistillArgs) -> Result<()> {
             ));
         }
         let run = Run::open(folder)?;
+        run.check_command("distill")?;
         let mut options: DistillOptions = run.options()?;
         if let Some(steps) = args.recipe.train_steps.filter(|steps| *steps != options.train_steps) {
+            let saved = run.saved_step()?;
+            if steps == 0 || steps < saved {
+                return Err(Error::Request(format!(
+                    "got `--train-steps {steps}`, expected at least {}: the run in `{}` has come to step {saved}",
+                    saved.max(1),
+                    folder.display()
+                )));
+            }
             options.train_steps = steps;
-            run.save_options(&options)?;
+            if !args.dry_run {
+                run.save_options(&options)?;
+            }
+        }
+        if args.dry_run {
+            return estimate(&options, &train::load_teacher(&run)?, &target);
         }
         return run_distillation(&run, &options, &target);
     }
@@ -89,6 +104,7 @@ pub fn distill(args: DistillArgs) -> Result<()> {
     if args.dry_run {
         return estimate(&options, &checkpoint, &target);
     }
+    options.check_material(&checkpoint)?;
     let run_name = Path::new(&name).file_name().map_or("run".into(), |n| n.to_string_lossy());
     let keep_teacher = |folder: &Path| checkpoint.save(&folder.join("teacher"));
     let run = Run::create(args.out.as_deref(), &run_name, &options, keep_teacher)?;
@@ -109,10 +125,26 @@ fn run_distillation(run: &Run, options: &DistillOptions, target: &Device) -> Res
     Ok(())
 }
 
+/// The resolved options as JSON, without those that only the weights tell if they were not loaded.
+fn describe(options: &DistillOptions, base: &Checkpoint) -> Result<String> {
+    let problem = |e| Error::content(Path::new("run.json"), e);
+    if !options.base_sha256.is_empty() {
+        return serde_json::to_string_pretty(options).map_err(problem);
+    }
+    let mut shown = serde_json::to_value(options).map_err(problem)?;
+    if let Some(shown) = shown.as_object_mut() {
+        eprintln!("the weights were not loaded: `base_sha256` and the default `pairs_dir` depend on them");
+        shown.remove("base_sha256");
+        if options.pairs_dir.ends_with(options.pairs(base).folder_name()) {
+            shown.remove("pairs_dir");
+        }
+    }
+    Ok(format!("{shown:#}"))
+}
+
 /// Prints the resolved options and what they would cost, measured on one small step.
 fn estimate(options: &DistillOptions, base: &Checkpoint, target: &Device) -> Result<()> {
-    let text = serde_json::to_string_pretty(options).map_err(|e| Error::content(Path::new("run.json"), e))?;
-    print(&text)?;
+    print(&describe(options, base)?)?;
     let summary = shapes::summarise(&base.config)?;
     let network = Network::frozen(&base.config, &base.tensors, target)?;
     let request = Request::new(0, 0, MEASURED, base.class_count());
@@ -135,7 +167,7 @@ fn estimate(options: &DistillOptions, base: &Checkpoint, target: &Device) -> Res
     let passes_kept = if options.pairs > 0 { 2 } else { 1 };
     let activations = (passes_kept * options.batch) as f64 * summary.activations as f64;
     let grids = options.train_steps.div_ceil(options.sample_every) as f64 * options.samples as f64;
-    let pictures = (grids + options.samples.min(20) as f64 * 50.0) * seconds;
+    let pictures = (grids + options.samples.min(20) as f64 * TEACHER_STEPS as f64) * seconds;
     eprintln!(
         "parameters {}, {} million multiply-adds per image\n\
          memory about {:.1} GB: {:.1} for weights, moments and averages, {:.1} for a batch on its way back\n\
@@ -172,6 +204,7 @@ pub fn teacher(args: &TeacherArgs) -> Result<()> {
         Some(folder) => {
             let steps = args.resumed_steps()?;
             let run = Run::open(folder)?;
+            run.check_command("teacher")?;
             let mut options: TeacherOptions = run.options()?;
             let loaded = teacher::reload(&options)?;
             if let Some(steps) = steps.filter(|steps| *steps != options.train_steps) {
@@ -207,8 +240,13 @@ pub fn pairs(args: &PairsArgs) -> Result<()> {
         PairsOptions::new(&args.base, &checkpoint, args.sampler, args.steps, args.guidance, args.seed);
     let folder = args.out.clone().unwrap_or_else(|| Path::new("pairs").join(options.folder_name()));
     progress::handle_interrupts();
-    let found = pairs::prepare(&folder, &options, &checkpoint, args.count, &target)?;
-    eprintln!("{} pairs in {}", found.count(), folder.display());
+    let count = pairs::fill(&folder, &options, &checkpoint, args.count, args.shard, &target)
+        .map_err(|e| e.continue_with("the same command continues"))?;
+    let share = match args.shard {
+        Share::ALL => String::new(),
+        Share { index, of } => format!(" of share {index}/{of}"),
+    };
+    eprintln!("{count} pairs{share} in {}", folder.display());
     Ok(())
 }
 
@@ -225,7 +263,8 @@ pub fn sample(args: &SampleArgs) -> Result<()> {
     let network = Network::frozen(&checkpoint.config, &checkpoint.tensors, &target)?;
     let schedule = Schedule::new(&checkpoint.schedule);
     let constants = checkpoint.generator.is_some().then(|| checkpoint.one_step()).transpose()?;
-    let steps = args.steps.unwrap_or(if constants.is_some() { 1 } else { 50 });
+    let many = TEACHER_STEPS.min(schedule.num_train_timesteps());
+    let steps = args.steps.unwrap_or(if constants.is_some() { 1 } else { many });
     if constants.is_some() && steps != 1 {
         return Err(Error::Request(format!(
             "`{}` is a one-step generator, `--steps {steps}` does not apply\n\nhint: sample its teacher for more steps",

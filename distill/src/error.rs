@@ -54,6 +54,15 @@ impl Error {
         move |source| Self::File { action, path, source }
     }
 
+    /// The same with the next step, if the user asked to stop.
+    #[must_use]
+    pub fn continue_with(self, command: impl std::fmt::Display) -> Self {
+        match self {
+            Self::Interrupted(message) => Self::Interrupted(format!("{message}\n\nhint: {command}")),
+            other => other,
+        }
+    }
+
     /// A file with the wrong content.
     pub fn content(path: &Path, problem: impl ToString) -> Self {
         Self::Content { path: path.to_owned(), problem: problem.to_string() }

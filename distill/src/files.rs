@@ -1,6 +1,8 @@
 //! Writing so that a file is either the old one or the whole new one, and hashing.
 
-use std::fs::{self, File};
+use std::fs;
+#[cfg(unix)]
+use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
@@ -21,12 +23,18 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     sync(folder)
 }
 
-/// Makes renames in a folder durable.
+/// Makes renames in a folder durable, where folders can be opened.
+#[cfg(unix)]
 fn sync(folder: &Path) -> Result<()> {
     match File::open(folder) {
         Ok(f) => f.sync_all().map_err(Error::file("write", folder)),
         Err(e) => Err(Error::file("open", folder)(e)),
     }
+}
+
+#[cfg(not(unix))]
+fn sync(_: &Path) -> Result<()> {
+    Ok(())
 }
 
 /// Reads a whole file.

@@ -26,6 +26,7 @@ pub mod ops;
 pub mod optimiser;
 pub mod options;
 pub mod pairs;
+mod pickle;
 pub mod progress;
 pub mod random;
 pub mod report;

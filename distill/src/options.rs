@@ -6,7 +6,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use dmd_core::sampler::Sampler;
 use dmd_core::schedule::Schedule;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::base;
 use crate::checkpoint::Checkpoint;
@@ -17,7 +17,7 @@ use crate::files;
 use crate::losses::Distance;
 use crate::network::Guidance;
 use crate::optimiser::LrSchedule;
-use crate::pairs::PairsOptions;
+use crate::pairs::{PairsOptions, Share};
 use crate::teacher::options::TeacherArgs;
 use crate::train::{DistillOptions, Keep, Method};
 
@@ -185,6 +185,7 @@ pub struct Recipe {
     /// Fixed step of the generator: a number, `last`, or `auto` for the one where sigma/alpha is nearest 2.5
     /// [default: auto]
     #[arg(long, value_name = "STEP|last|auto")]
+    #[serde(deserialize_with = "text_or_number")]
     pub t_gen: Option<String>,
     /// Factor on the generator's noise input [default: 1]
     #[arg(long, value_name = "X")]
@@ -237,9 +238,12 @@ pub struct PairsArgs {
     /// Classifier-free guidance; 1 is none
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     pub guidance: f64,
-    /// Seed of the noise
+    /// Seed of the run that will use the pairs; their noise comes from this seed with the top bit flipped
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u32,
+    /// Compute only the share I (from 0) of N, for N processes that fill one folder together
+    #[arg(long, value_name = "I/N", default_value = "0/1")]
+    pub shard: Share,
     /// Folder of the pairs [default: pairs/ and a name made of base, sampler and seed]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -346,7 +350,7 @@ impl Recipe {
         };
         let lambda_reg = self.lambda_reg.unwrap_or(lambda_reg);
         let pairs = self.pairs.unwrap_or(if lambda_reg == 0.0 { 0 } else { 1024 });
-        let pair_steps = self.pair_steps.unwrap_or(50);
+        let pair_steps = self.pair_steps.unwrap_or(50.min(schedule.num_train_timesteps()));
         let seed = self.seed.unwrap_or(1);
         let lr = self.lr.unwrap_or(2e-4);
         let pair_sampler = self.pair_sampler.unwrap_or(Sampler::Ddim);
@@ -398,6 +402,20 @@ impl Recipe {
         check(&options, &schedule)?;
         Ok(options)
     }
+}
+
+/// In a TOML file a step may be written `399` or `"399"`.
+fn text_or_number<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a step, `last` or `auto`")]
+    enum Step {
+        Number(u64),
+        Text(String),
+    }
+    Ok(Some(match Step::deserialize(from)? {
+        Step::Number(step) => step.to_string(),
+        Step::Text(text) => text,
+    }))
 }
 
 fn t_gen(text: &str, schedule: &Schedule) -> Result<usize> {

@@ -1,9 +1,12 @@
 //! Noise-image pairs of a base: `z` by the noise contract, `y` by sampling from it, with the class.
 //! Yin et al. 2024 (arXiv:2311.18828), section 3.3, with a deterministic sampler by default, so that `y` is a function of `z`.
 //!
-//! A folder holds `pairs.json` (what was asked) and shards of up to 256 pairs; what is finished is never computed again.
+//! A folder holds `pairs.json` (what was asked) and shards of up to 256 pairs; what is finished is never computed again, and
+//! several processes can fill one folder together.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use dmd_core::sampler::Sampler;
@@ -21,6 +24,10 @@ use crate::sampler::{Request, Sampling, sample};
 const SHARD: usize = 256;
 /// Pairs computed at once.
 const BATCH: usize = 32;
+/// Time after which an unfinished shard is saved.
+const SAVE_INTERVAL: Duration = Duration::from_secs(60);
+/// What tells the seed of the pairs from that of the run: the noise they teach is never that of the run's pictures.
+const SEED_OF_PAIRS: u32 = 0x8000_0000;
 
 /// What a folder of pairs holds; two folders with the same description have the same pairs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,7 +43,11 @@ pub struct PairsOptions {
     /// Classifier-free guidance; 1 is none.
     #[serde(default = "unguided")]
     pub guidance: f64,
-    /// Seed of the noise contract; pair `k` has the noise of image `k` and class `k mod classes`.
+    /// Number of classes, if the base is conditional.
+    #[serde(default)]
+    pub classes: Option<usize>,
+    /// Seed of the noise contract, which is the run's with the top bit flipped; pair `k` has the noise of image `k` and class
+    /// `k mod classes`.
     pub seed: u32,
 }
 
@@ -46,14 +57,46 @@ fn unguided() -> f64 {
 
 /// Pairs in memory.
 pub struct Pairs {
-    options: PairsOptions,
-    classes: Option<usize>,
+    seed: u32,
+    all: Shard,
+}
+
+/// The first pairs of a file.
+struct Shard {
     /// `[count, c, h, w]` in the base's range, f16 on the CPU.
     y: Tensor,
+    /// `[count]` u32, if the base is conditional.
+    class: Option<Tensor>,
+}
+
+/// A share of the shards, for several processes: those whose index leaves the rest `index` divided by `of`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// From 0.
+    pub index: usize,
+    /// Number of shares.
+    pub of: usize,
+}
+
+impl Share {
+    /// All shards.
+    pub const ALL: Self = Self { index: 0, of: 1 };
+}
+
+impl FromStr for Share {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let numbers = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+        match numbers {
+            Some((index, of)) if index < of => Ok(Self { index, of }),
+            _ => Err("expected I/N with I from 0 to N - 1".to_owned()),
+        }
+    }
 }
 
 impl PairsOptions {
-    /// The description for a base.
+    /// The description for a base and the seed of a run.
     pub fn new(
         name: &str,
         base: &Checkpoint,
@@ -69,8 +112,27 @@ impl PairsOptions {
             sampler: format!("{sampler}-trailing{clip}"),
             steps,
             guidance,
-            seed,
+            classes: base.class_count(),
+            seed: seed ^ SEED_OF_PAIRS,
         }
+    }
+
+    /// Whether pairs in `folder`, if there are any, are these.
+    pub fn check(&self, folder: &Path) -> Result<()> {
+        let description = folder.join("pairs.json");
+        if !description.exists() {
+            return Ok(());
+        }
+        let found: Self = serde_json::from_slice(&files::read(&description)?)
+            .map_err(|e| Error::content(&description, e))?;
+        if found == *self {
+            return Ok(());
+        }
+        Err(Error::content(
+            &description,
+            "the pairs there were made with another base, sampler or seed, or other classes\n\nhint: choose another \
+             folder (`--pairs-dir`, or `--out` of `dmd-distill pairs`)",
+        ))
     }
 
     fn sampling(&self, base: &Checkpoint) -> Result<Sampling> {
@@ -85,7 +147,7 @@ impl PairsOptions {
         let hash = self.base_sha256.get(..8).unwrap_or("unsaved");
         let sampler = self.sampler.split('-').next().unwrap_or_default();
         let guidance = if self.guidance == 1.0 { String::new() } else { format!("-guided{}", self.guidance) };
-        format!("{name}-{hash}-{sampler}{}{guidance}-seed{}", self.steps, self.seed)
+        format!("{name}-{hash}-{sampler}{}{guidance}-seed{:08x}", self.steps, self.seed)
     }
 }
 
@@ -97,81 +159,158 @@ pub fn prepare(
     count: usize,
     device: &Device,
 ) -> Result<Pairs> {
-    let description = folder.join("pairs.json");
-    if description.exists() {
-        let found: PairsOptions = serde_json::from_slice(&files::read(&description)?)
-            .map_err(|e| Error::content(&description, e))?;
-        if found != *options {
-            return Err(Error::content(
-                &description,
-                "the pairs there were made with another base, sampler or seed\n\nhint: choose another `--pairs-dir`",
-            ));
-        }
-    } else {
-        write_json(&description, options)?;
-    }
-    let teacher = Network::frozen(&base.config, &base.tensors, device)?;
-    let schedule = Schedule::new(&base.schedule);
-    let classes = base.class_count();
-    let sampling = options.sampling(base)?;
-    let shards: Vec<(PathBuf, usize)> = (0..count.div_ceil(SHARD))
-        .map(|i| (folder.join(format!("shard-{i:05}.safetensors")), SHARD.min(count - i * SHARD)))
-        .collect();
-    let read = |(path, _): &(PathBuf, usize)| read_shard(path, base.config.image_shape());
-    let found = shards.iter().map(read).collect::<Result<Vec<_>>>()?;
-    let have = |y: &Option<Tensor>| y.as_ref().map_or(0, |y| y.dims()[0]);
-    let mut done: usize = found.iter().zip(&shards).map(|(y, (_, wanted))| have(y).min(*wanted)).sum();
-    let mut progress = Progress::new("pairs", done as u64, count as u64);
-    let mut all = Vec::new();
-    for (i, (y, (path, wanted))) in found.into_iter().zip(&shards).enumerate() {
-        let first = have(&y);
-        let mut parts: Vec<Tensor> = y.into_iter().collect();
-        for start in (first..*wanted).step_by(BATCH) {
-            let count = BATCH.min(wanted - start);
-            let request = Request::new(options.seed, (i * SHARD + start) as u64, count, classes);
-            parts.push(
-                sample(&teacher, &schedule, &request, &sampling)?
-                    .to_dtype(DType::F16)?
-                    .to_device(&Device::Cpu)?,
-            );
-            done += count;
-            progress.update(done as u64, "");
-            if stop_requested() {
-                return Err(Error::Interrupted(format!(
-                    "stopped; finished shards are kept in `{}`\n\nhint: the same command continues",
-                    folder.display()
-                )));
-            }
-        }
-        let y = Tensor::cat(&parts, 0)?;
-        if first < *wanted {
-            write_tensors(path, &Tensors::from([("y".to_owned(), y.clone())]), &[])?;
-        }
-        all.push(y.narrow(0, 0, *wanted)?);
-    }
-    Ok(Pairs { options: options.clone(), classes, y: Tensor::cat(&all, 0)? })
+    let shards = compute(folder, options, base, count, Share::ALL, device)?;
+    let y: Vec<Tensor> = shards.iter().map(|shard| shard.y.clone()).collect();
+    let class: Vec<Tensor> = shards.iter().filter_map(|shard| shard.class.clone()).collect();
+    let class = if class.is_empty() { None } else { Some(Tensor::cat(&class, 0)?) };
+    Ok(Pairs { seed: options.seed, all: Shard { y: Tensor::cat(&y, 0)?, class } })
 }
 
-/// The pairs of a shard, f16; none if there is no such file.
-fn read_shard(path: &Path, image: [usize; 3]) -> Result<Option<Tensor>> {
-    if !path.exists() {
-        return Ok(None);
+/// Computes what is missing of a share of the first `count` pairs in `folder`; returns how many the share has.
+pub fn fill(
+    folder: &Path,
+    options: &PairsOptions,
+    base: &Checkpoint,
+    count: usize,
+    share: Share,
+    device: &Device,
+) -> Result<usize> {
+    Ok(compute(folder, options, base, count, share, device)?.iter().map(Shard::count).sum())
+}
+
+fn compute(
+    folder: &Path,
+    options: &PairsOptions,
+    base: &Checkpoint,
+    count: usize,
+    share: Share,
+    device: &Device,
+) -> Result<Vec<Shard>> {
+    options.check(folder)?;
+    write_json(&folder.join("pairs.json"), options)?;
+    let teacher = Network::frozen(&base.config, &base.tensors, device)?;
+    let (schedule, sampling) = (Schedule::new(&base.schedule), options.sampling(base)?);
+    let mut files = Vec::new();
+    for i in (share.index..count.div_ceil(SHARD)).step_by(share.of) {
+        let file = ShardFile {
+            path: folder.join(format!("shard-{i:05}.safetensors")),
+            image: base.config.image_shape(),
+            classes: options.classes,
+        };
+        files.push((i * SHARD, SHARD.min(count - i * SHARD), file.read()?, file));
     }
-    match read_tensors(path, &files::read(path)?)?.remove("y") {
-        Some(y) if y.rank() == 4 && y.dims()[1..] == image && (1..=SHARD).contains(&y.dims()[0]) => {
-            Ok(Some(y.to_dtype(DType::F16)?))
+    let mut done: usize = files.iter().map(|(_, wanted, found, _)| stored(found).min(*wanted)).sum();
+    let total: usize = files.iter().map(|(_, wanted, ..)| wanted).sum();
+    let mut progress = Progress::new("pairs", done as u64, total as u64);
+    let mut saved = Instant::now();
+    let mut all = Vec::new();
+    for (first, wanted, mut shard, file) in files {
+        while stored(&shard) < wanted {
+            let start = stored(&shard);
+            let count = BATCH.min(wanted - start);
+            let request = Request::new(options.seed, (first + start) as u64, count, options.classes);
+            let y = sample(&teacher, &schedule, &request, &sampling)?.to_dtype(DType::F16)?;
+            let new = Shard { y: y.to_device(&Device::Cpu)?, class: request.class_tensor(&Device::Cpu)? };
+            let longer = match shard {
+                Some(shard) => shard.append(&new)?,
+                None => new,
+            };
+            done += count;
+            progress.update(done as u64, "");
+            let stop = stop_requested();
+            if stop || longer.count() >= wanted || saved.elapsed() >= SAVE_INTERVAL {
+                file.write(&longer)?;
+                saved = Instant::now();
+            }
+            shard = Some(longer);
+            if stop {
+                let kept = format!("stopped; {done} of {total} pairs are kept in `{}`", folder.display());
+                return Err(Error::Interrupted(kept));
+            }
         }
-        _ => Err(Error::content(
-            path,
-            format!("it does not hold `y` of up to {SHARD} images of shape {image:?}"),
-        )),
+        all.extend(shard.map(|shard| shard.first(wanted)).transpose()?);
+    }
+    Ok(all)
+}
+
+/// Number of pairs that a file had.
+fn stored(shard: &Option<Shard>) -> usize {
+    shard.as_ref().map_or(0, Shard::count)
+}
+
+impl Shard {
+    fn count(&self) -> usize {
+        self.y.dims()[0]
+    }
+
+    fn append(&self, other: &Self) -> Result<Self> {
+        let class = match (&self.class, &other.class) {
+            (Some(a), Some(b)) => Some(Tensor::cat(&[a, b], 0)?),
+            _ => None,
+        };
+        Ok(Self { y: Tensor::cat(&[&self.y, &other.y], 0)?, class })
+    }
+
+    fn first(&self, count: usize) -> Result<Self> {
+        let class = self.class.as_ref().map(|class| class.narrow(0, 0, count)).transpose()?;
+        Ok(Self { y: self.y.narrow(0, 0, count)?, class })
+    }
+}
+
+/// Where a shard is, and what it must hold: `y` f16, and `class` u32 if the base is conditional.
+struct ShardFile {
+    path: PathBuf,
+    image: [usize; 3],
+    classes: Option<usize>,
+}
+
+impl ShardFile {
+    /// The pairs; none if there is no such file.
+    fn read(&self) -> Result<Option<Shard>> {
+        if !self.path.exists() {
+            return Ok(None);
+        }
+        let mut tensors = read_tensors(&self.path, &files::read(&self.path)?)?;
+        let wrong = || {
+            let [c, h, w] = self.image;
+            let class = self.classes.map_or(String::new(), |n| format!(" with a `class` below {n} for each"));
+            let problem =
+                format!("it does not hold `y` of up to {SHARD} images of shape [{c}, {h}, {w}]{class}");
+            Error::content(&self.path, problem)
+        };
+        let y = tensors
+            .remove("y")
+            .filter(|y| y.rank() == 4 && y.dims()[1..] == self.image && (1..=SHARD).contains(&y.dims()[0]));
+        let y = y.ok_or_else(wrong)?.to_dtype(DType::F16)?;
+        let class = match (self.classes, tensors.remove("class")) {
+            (None, None) => None,
+            (Some(classes), Some(class)) if class.dims() == &y.dims()[..1] => {
+                let values = class.to_vec1::<f32>()?;
+                if values.iter().any(|class| !(0.0..classes as f32).contains(class)) {
+                    return Err(wrong());
+                }
+                Some(class.to_dtype(DType::U32)?)
+            }
+            _ => return Err(wrong()),
+        };
+        Ok(Some(Shard { y, class }))
+    }
+
+    /// Writes the pairs, unless another process has come as far meanwhile.
+    fn write(&self, shard: &Shard) -> Result<()> {
+        if stored(&self.read()?) >= shard.count() {
+            return Ok(());
+        }
+        let mut tensors = Tensors::from([("y".to_owned(), shard.y.clone())]);
+        tensors.extend(shard.class.clone().map(|class| ("class".to_owned(), class)));
+        write_tensors(&self.path, &tensors, &[])
     }
 }
 
 impl Pairs {
     /// Number of pairs.
     pub fn count(&self) -> usize {
-        self.y.dims()[0]
+        self.all.count()
     }
 
     /// The pairs at `indices`: noise, image, class.
@@ -179,15 +318,17 @@ impl Pairs {
     /// # Shapes
     /// `z`, `y`: `[indices, c, h, w]` f32; class `[indices]` u32.
     pub fn batch(&self, indices: &[usize], device: &Device) -> Result<(Tensor, Tensor, Option<Tensor>)> {
-        let request = Request {
-            seed: self.options.seed,
-            images: indices.iter().map(|i| *i as u64).collect(),
-            classes: self.classes.map(|n| indices.iter().map(|i| (i % n) as u32).collect()),
-        };
-        let (_, c, h, w) = self.y.dims4()?;
+        let images = indices.iter().map(|i| *i as u64).collect();
+        let request = Request { seed: self.seed, images, classes: None };
+        let (_, c, h, w) = self.all.y.dims4()?;
         let z = request.noise([c, h, w], device)?;
         let index: Vec<u32> = indices.iter().map(|i| *i as u32).collect();
-        let y = self.y.index_select(&Tensor::new(index, self.y.device())?, 0)?;
-        Ok((z, y.to_dtype(DType::F32)?.to_device(device)?, request.class_tensor(device)?))
+        let index = Tensor::new(index, &Device::Cpu)?;
+        let y = self.all.y.index_select(&index, 0)?;
+        let class = match &self.all.class {
+            Some(class) => Some(class.index_select(&index, 0)?.to_device(device)?),
+            None => None,
+        };
+        Ok((z, y.to_dtype(DType::F32)?.to_device(device)?, class))
     }
 }

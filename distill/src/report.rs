@@ -17,8 +17,8 @@ use crate::network::Network;
 use crate::run::{Run, enlarge, images, save_image};
 use crate::sampler::{Request, Sampling, one_step, sample};
 
-/// Network evaluations of the teacher in a comparison.
-const TEACHER_STEPS: usize = 50;
+/// Network evaluations of the teacher in a comparison, if its schedule has as many.
+pub const TEACHER_STEPS: usize = 50;
 /// Columns of a comparison.
 const COLUMNS: usize = 10;
 /// Height of a title in pixels.
@@ -130,7 +130,7 @@ fn curve_points(stats: &[Value], key: &str, smoothed: bool) -> Vec<(f64, f64)> {
 }
 
 /// One picture of four blocks with the same seeds and classes: the noise, the one-step generator before
-/// distillation (the base's own weights), after it, and the teacher with 50 DDIM steps; at most `count` images each.
+/// distillation (the base's own weights), after it, and the teacher with up to 50 DDIM steps; at most `count` images each.
 pub fn comparison(
     path: &Path,
     base: &Checkpoint,
@@ -145,6 +145,8 @@ pub fn comparison(
     let teacher = Network::frozen(&base.config, &base.tensors, device)?;
     let student = Network::frozen(&generator.config, &generator.tensors, device)?;
     let constants: OneStep = generator.one_step()?;
+    let schedule = Schedule::new(&base.schedule);
+    let steps = TEACHER_STEPS.min(schedule.num_train_timesteps());
     let noise = request.noise(base.config.image_shape(), device)?;
     let [low, high] = range.map(f64::from);
     let (middle, spread) = ((low + high) / 2.0, (high - low) / 6.0);
@@ -152,10 +154,7 @@ pub fn comparison(
         ("noise".to_owned(), noise.affine(spread, middle)?),
         ("one step, before distillation".to_owned(), one_step(&teacher, &constants, &request)?),
         ("one step, distilled".to_owned(), one_step(&student, &constants, &request)?),
-        (
-            format!("teacher, {TEACHER_STEPS} steps"),
-            sample(&teacher, &Schedule::new(&base.schedule), &request, &Sampling::ddim(TEACHER_STEPS))?,
-        ),
+        (format!("teacher, {steps} steps"), sample(&teacher, &schedule, &request, &Sampling::ddim(steps))?),
     ];
     let mut blocks = Vec::new();
     for (title, x) in shown {

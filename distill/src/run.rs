@@ -69,6 +69,38 @@ impl Run {
         ))
     }
 
+    /// Refuses a run of another command than `distill` or `teacher`, whichever is expected.
+    pub fn check_command(&self, expected: &str) -> Result<()> {
+        let options: Value = self.options()?;
+        let command = |name: &str| if name == "distill" { "dmd-distill" } else { "dmd-distill teacher" };
+        match options["command"].as_str() {
+            Some(found) if found == expected => Ok(()),
+            Some(found @ ("distill" | "teacher")) => Err(Error::content(
+                &self.folder,
+                format!(
+                    "it is a run of `{}`, not of `{}`\n\nhint: continue it with `{} --resume {}`",
+                    command(found),
+                    command(expected),
+                    command(found),
+                    self.folder.display()
+                ),
+            )),
+            _ => Err(Error::content(
+                &self.path("run.json"),
+                "got another `command`, expected `distill` or `teacher`",
+            )),
+        }
+    }
+
+    /// The step of the saved state; 0 if training has not come to one.
+    pub fn saved_step(&self) -> Result<u64> {
+        let path = self.state_path(LATEST);
+        match path.exists() {
+            true => Ok(step_and_note(&path, &files::read(&path)?)?.0),
+            false => Ok(0),
+        }
+    }
+
     /// A path inside the run.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
@@ -132,13 +164,7 @@ impl Run {
             return Ok(None);
         }
         let bytes = files::read(&path)?;
-        let metadata = read_metadata(&path, &bytes)?;
-        let state: Value = metadata
-            .get("state")
-            .and_then(|text| serde_json::from_str(text).ok())
-            .ok_or_else(|| Error::content(&path, "it is no state of a run"))?;
-        let step = state["step"].as_u64().ok_or_else(|| Error::content(&path, "it does not say its step"))?;
-        let note = state["note"].clone();
+        let (step, note) = step_and_note(&path, &bytes)?;
         Ok(Some(State { step, tensors: read_tensors(&path, &bytes)?, note, path }))
     }
 
@@ -177,6 +203,16 @@ impl State {
     pub fn note<T: DeserializeOwned>(&self) -> Result<T> {
         serde_json::from_value(self.note.clone()).map_err(|e| Error::content(&self.path, e))
     }
+}
+
+fn step_and_note(path: &Path, bytes: &[u8]) -> Result<(u64, Value)> {
+    let metadata = read_metadata(path, bytes)?;
+    let state: Value = metadata
+        .get("state")
+        .and_then(|text| serde_json::from_str(text).ok())
+        .ok_or_else(|| Error::content(path, "it is no state of a run"))?;
+    let step = state["step"].as_u64().ok_or_else(|| Error::content(path, "it does not say its step"))?;
+    Ok((step, state["note"].clone()))
 }
 
 fn free_name(parent: &Path, name: &str) -> Result<PathBuf> {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::checkpoint::{Checkpoint, Source, snapshot};
-use crate::data::{self, Split};
+use crate::data::{self, Dataset, Split};
 use crate::distillation::{Distillation, Material};
 use crate::error::{Error, Result};
 use crate::html;
@@ -133,9 +133,13 @@ impl DistillOptions {
         self.lr_schedule.factor(step, self.train_steps) * 0.5f64.powi(rollbacks as i32)
     }
 
-    /// The pairs that belong to these options.
+    /// The pairs that belong to these options. The run's own copy of the base is another file than the base.
     pub fn pairs(&self, base: &Checkpoint) -> PairsOptions {
-        PairsOptions::new(&self.base, base, self.pair_sampler, self.pair_steps, self.guidance, self.seed)
+        let (sampler, steps, guidance) = (self.pair_sampler, self.pair_steps, self.guidance);
+        PairsOptions {
+            base_sha256: self.base_sha256.clone(),
+            ..PairsOptions::new(&self.base, base, sampler, steps, guidance, self.seed)
+        }
     }
 
     /// Computes the pairs that are missing and reads the real images.
@@ -144,13 +148,27 @@ impl DistillOptions {
             0 => None,
             count => Some(pairs::prepare(&self.pairs_dir, &self.pairs(base), base, count, device)?),
         };
-        let real = match &self.data {
-            Some(data) if self.gan_weight > 0.0 => {
-                Some(data::Source::find(data, Split::Train)?.load(base.config.image_shape())?.data)
+        Ok(Material { pairs, real: self.real(base)? })
+    }
+
+    /// Finds what would stop a run for want of pairs or images, before its folder is made.
+    pub fn check_material(&self, base: &Checkpoint) -> Result<()> {
+        if self.pairs > 0 {
+            self.pairs(base).check(&self.pairs_dir)?;
+        }
+        self.real(base).map(drop)
+    }
+
+    fn real(&self, base: &Checkpoint) -> Result<Option<Dataset>> {
+        if self.gan_weight == 0.0 {
+            return Ok(None);
+        }
+        match &self.data {
+            Some(data) => {
+                Ok(Some(data::Source::find(data, Split::Train)?.load(base.config.image_shape())?.data))
             }
-            _ => None,
-        };
-        Ok(Material { pairs, real })
+            None => Ok(None),
+        }
     }
 }
 
@@ -158,7 +176,8 @@ impl DistillOptions {
 /// the last where there is none.
 pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<PathBuf> {
     let base = load_teacher(run)?;
-    let material = options.material(&base, device)?;
+    let resume = format!("continue with `dmd-distill --resume {}`", run.folder.display());
+    let material = options.material(&base, device).map_err(|e| e.continue_with(&resume))?;
     let judge = Judge::new(options, &base, device)?;
     let resumed = run.load_state(LATEST)?;
     let mut step = resumed.as_ref().map_or(0, |state| state.step);
@@ -236,10 +255,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
             save(run, LATEST, step, &work, &ema, &monitor)?;
         }
         if stop && !last {
-            return Err(Error::Interrupted(format!(
-                "stopped after step {step}\n\nhint: continue with `dmd-distill --resume {}`",
-                run.folder.display()
-            )));
+            return Err(Error::Interrupted(format!("stopped after step {step}\n\nhint: {resume}")));
         }
     }
 
@@ -323,7 +339,12 @@ fn finished(
         provenance: Provenance {
             name: format!("one-step-{}", base.provenance.name.trim_start_matches("ddpm-")),
             classes: base.provenance.classes.clone(),
-            base: Some(Base { id: base_id(&o.base), sha256: o.base_sha256.clone() }),
+            base: Some(
+                base.provenance
+                    .base
+                    .clone()
+                    .unwrap_or_else(|| Base { id: base_id(&o.base), sha256: o.base_sha256.clone() }),
+            ),
             training: training.as_object().cloned().unwrap_or_default(),
             metrics,
         },
@@ -332,7 +353,7 @@ fn finished(
     }
 }
 
-/// A preset's name, or the last part of a folder's path.
+/// A preset's name, or the last part of a folder's path; a model of the hub says itself what it is.
 fn base_id(base: &str) -> String {
     Path::new(base).file_name().map_or(base.to_owned(), |n| n.to_string_lossy().into_owned())
 }

@@ -2,11 +2,8 @@
 //! that older libraries and other programs gave them. Pickles are read, never executed.
 
 use std::collections::BTreeSet;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use candle_core::DType;
-use candle_core::pickle::{self, Object, Stack};
 use dmd_core::legacy;
 use dmd_core::net::shapes::Summary;
 use serde_json::Value;
@@ -15,22 +12,25 @@ use crate::checkpoint::{Source, read_tensors};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::network::Tensors;
+use crate::pickle::{self, Problem};
 
 /// Names that weights may have, in the order in which they are looked for; ours first.
-pub const NAMES: [&str; 6] = [
+pub const NAMES: [&str; 8] = [
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "model.pth",
     "model.pt",
 ];
+/// Endings of PyTorch files, which count under any name where there is one alone.
+const ENDINGS: [&str; 2] = [".pth", ".pt"];
+/// Endings of shards.
+const SHARDS: [&str; 2] = [".safetensors", ".bin"];
 /// Prefixes that training programs put before all names.
 const PREFIXES: [&str; 5] = ["nn_model.", "network.", "module.", "model.", "unet."];
-/// Keys under which a training program's checkpoint may hold the weights.
-const STATE_KEYS: [&str; 6] = ["state_dict", "model_state_dict", "model", "ema", "unet", "ddpm"];
-/// What a pickle of tensors refers to; anything else would be code.
-const HARMLESS: [&str; 5] = ["collections", "torch", "torch._utils", "torch._tensor", "torch.storage"];
 
 /// Weights as they were found.
 pub struct Found {
@@ -42,6 +42,17 @@ pub struct Found {
     pub sha256: String,
 }
 
+/// The names among `all` under which weights may lie in the folder `folder` (empty, or with a slash at its end), best first.
+pub fn choose<'a>(folder: &str, all: &'a [String]) -> Option<&'a String> {
+    let known = |name: &str| all.iter().find(|found| **found == format!("{folder}{name}"));
+    let other = |found: &&String| {
+        let name = found.strip_prefix(folder).unwrap_or("/");
+        !name.contains('/') && ENDINGS.iter().any(|ending| name.ends_with(ending))
+    };
+    let mut others = all.iter().filter(other);
+    NAMES.into_iter().find_map(known).or_else(|| others.next().filter(|_| others.next().is_none()))
+}
+
 /// Reads the weights of a checkpoint folder.
 pub fn read(source: &Source) -> Result<Found> {
     for name in NAMES {
@@ -49,32 +60,46 @@ pub fn read(source: &Source) -> Result<Found> {
             return read_file(&path, bytes);
         }
     }
+    let folder = source.path();
+    for folder in [folder.clone(), folder.join("unet")] {
+        let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+        let all: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        if let Some(name) = choose("", &all) {
+            let path = folder.join(name);
+            return read_file(&path, files::read(&path)?);
+        }
+    }
     Err(Error::content(
-        &source.path(),
-        format!("there are no weights, expected one of `{}`", NAMES.join("`, `")),
+        &folder,
+        format!("there are no weights, expected one of `{}`, or one other file `*.pth`", NAMES.join("`, `")),
     ))
 }
 
 /// Reads one file by its kind.
 pub fn read_file(path: &Path, bytes: Vec<u8>) -> Result<Found> {
-    let name = path.file_name().map_or(String::new(), |name| name.to_string_lossy().into_owned());
     let mut sha256 = files::sha256(&bytes);
-    let tensors = if name.ends_with(".index.json") {
+    let shards = shards(path)?;
+    let tensors = if shards.is_empty() {
+        read_one(path, &bytes)?
+    } else {
         let (mut all, mut hashes) = (Tensors::new(), String::new());
-        for shard in shards(path)? {
+        for shard in shards {
             let path = path.with_file_name(shard);
             let bytes = files::read(&path)?;
             hashes += &files::sha256(&bytes);
-            all.extend(read_tensors(&path, &bytes)?);
+            all.extend(read_one(&path, &bytes)?);
         }
         sha256 = files::sha256(hashes.as_bytes());
         all
-    } else if name.ends_with(".safetensors") {
-        read_tensors(path, &bytes)?
-    } else {
-        read_pickle(path)?
     };
     Ok(Found { path: path.to_owned(), tensors, sha256 })
+}
+
+fn read_one(path: &Path, bytes: &[u8]) -> Result<Tensors> {
+    match path.to_string_lossy().ends_with(".safetensors") {
+        true => read_tensors(path, bytes),
+        false => read_pickle(path, bytes),
+    }
 }
 
 /// The files that an index of shards names, in order; none if this is no index.
@@ -86,77 +111,38 @@ pub fn shards(path: &Path) -> Result<BTreeSet<String>> {
     let map = index["weight_map"].as_object().filter(|map| !map.is_empty());
     let map = map.ok_or_else(|| Error::content(path, "there is no `weight_map`"))?;
     let name = |value: &Value| {
-        let name =
-            value.as_str().filter(|name| !name.contains(['/', '\\']) && name.ends_with(".safetensors"));
+        let name = value
+            .as_str()
+            .filter(|name| !name.contains(['/', '\\']) && SHARDS.iter().any(|e| name.ends_with(e)));
         name.map(str::to_owned).ok_or_else(|| {
             Error::content(
                 path,
-                format!("got the shard {value}, expected the name of a safetensors file beside it"),
+                format!(
+                    "got the shard {value}, expected the name of a file `*.safetensors` or `*.bin` beside it"
+                ),
             )
         })
     };
     map.values().map(name).collect()
 }
 
-fn read_pickle(path: &Path) -> Result<Tensors> {
-    let broken = |e: &dyn std::fmt::Display| {
-        Error::content(
+fn read_pickle(path: &Path, bytes: &[u8]) -> Result<Tensors> {
+    pickle::read(bytes).map_err(|problem| match problem {
+        Problem::Broken(problem) => Error::content(
             path,
             format!(
-                "not a PyTorch checkpoint that can be read without running it: {e}\n\nhint: convert it to safetensors"
+                "not a PyTorch checkpoint that can be read without running it: {problem}\n\nhint: convert it to \
+                 safetensors"
             ),
-        )
-    };
-    if let Some(foreign) = foreign_class(path).map_err(|e| broken(&e))? {
-        return Err(Error::content(
+        ),
+        Problem::Foreign(foreign) => Error::content(
             path,
             format!(
                 "it refers to `{foreign}`; a checkpoint of weights holds tensors only, and nothing in it was \
                  executed\n\nhint: save `model.state_dict()`, or convert the file to safetensors"
             ),
-        ));
-    }
-    let mut found = pickle::read_all(path).map_err(|e| broken(&e))?;
-    for key in STATE_KEYS {
-        if found.is_empty() {
-            found = pickle::read_all_with_key(path, Some(key)).unwrap_or_default();
-        }
-    }
-    if found.is_empty() {
-        return Err(broken(&"there are no tensors in it"));
-    }
-    found.into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?))).collect()
-}
-
-/// The first class that a pickle mentions and that no tensor needs.
-fn foreign_class(path: &Path) -> candle_core::Result<Option<String>> {
-    let file = std::fs::File::open(path)?;
-    let mut archive =
-        zip::ZipArchive::new(std::io::BufReader::new(file)).map_err(candle_core::Error::wrap)?;
-    let name = archive
-        .file_names()
-        .find_map(|name| Some(name.ok()?.into_owned()).filter(|n| n.ends_with("data.pkl")));
-    let Some(name) = name else { candle_core::bail!("there is no data.pkl in it") };
-    let mut bytes = Vec::new();
-    archive.by_name(&name).map_err(candle_core::Error::wrap)?.take(1 << 26).read_to_end(&mut bytes)?;
-    let mut stack = Stack::empty();
-    stack.read_loop(&mut bytes.as_slice())?;
-    Ok(stack.stack().iter().find_map(foreign_in))
-}
-
-fn foreign_in(object: &Object) -> Option<String> {
-    match object {
-        Object::Class { module_name, class_name } => {
-            (!HARMLESS.contains(&module_name.as_str())).then(|| format!("{module_name}.{class_name}"))
-        }
-        Object::Tuple(all) | Object::List(all) => all.iter().find_map(foreign_in),
-        Object::Dict(all) => all.iter().find_map(|(k, v)| foreign_in(k).or_else(|| foreign_in(v))),
-        Object::Reduce { callable, args } | Object::Build { callable, args } => {
-            foreign_in(callable).or_else(|| foreign_in(args))
-        }
-        Object::PersistentLoad(inner) => foreign_in(inner),
-        _ => None,
-    }
+        ),
+    })
 }
 
 /// Gives tensors the names that the network has: without the prefix of a training program, without counters and

@@ -1,0 +1,179 @@
+//! Noise-image pairs: independent of how they are made, resumable, shared between processes, with their classes.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Device;
+use dmd_core::noise;
+use dmd_distill::checkpoint::{Checkpoint, Source};
+use dmd_distill::options::Recipe;
+use dmd_distill::pairs;
+use dmd_tests::{Finished, binary, fixture, read_text, run_bin};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+fn fixture_path(name: &str) -> Result<String> {
+    Ok(fixture(name).to_str().context("the path is not UTF-8")?.to_owned())
+}
+
+fn pairs_of(base: &str, cwd: &Path, count: &str, out: &str, more: &[&str]) -> Result<Finished> {
+    let args = ["pairs", "--base", base, "--count", count, "--out", out];
+    run_bin("dmd-distill", cwd, [&args, more].concat())
+}
+
+fn refused(finished: &Finished, says: &[&str]) -> Result<()> {
+    ensure!(finished.code == Some(2), "got {finished:?}");
+    for text in says {
+        ensure!(finished.stderr.contains(text), "`{text}` is not in: {}", finished.stderr);
+    }
+    Ok(())
+}
+
+fn same(cwd: &Path, folders: [&str; 2], shards: usize) -> Result<()> {
+    for shard in 0..shards {
+        let name = format!("shard-{shard:05}.safetensors");
+        let [a, b] = folders.map(|folder| fs::read(cwd.join(folder).join(&name)));
+        ensure!(a? == b?, "`{name}` differs");
+    }
+    Ok(())
+}
+
+/// At once or in parts, by one process or by three that run together.
+#[test]
+fn pairs_do_not_depend_on_how_they_were_made() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let cwd = folder.path();
+    let base = fixture_path("tiny-ddpm")?;
+    for (out, count) in [("a", "800"), ("b", "10"), ("b", "300"), ("b", "800")] {
+        let done = pairs_of(&base, cwd, count, out, &["--steps", "1"])?;
+        ensure!(done.code == Some(0), "{done:?}");
+    }
+    same(cwd, ["a", "b"], 4)?;
+    let mut together = Vec::new();
+    for share in ["0/3", "1/3", "2/3"] {
+        let mut command = Command::new(binary("dmd-distill")?);
+        command.args([
+            "pairs", "--base", &base, "--count", "800", "--steps", "1", "--out", "c", "--shard", share,
+        ]);
+        together.push(command.current_dir(cwd).stderr(Stdio::null()).spawn()?);
+    }
+    for mut process in together {
+        ensure!(process.wait()?.success(), "a share failed");
+    }
+    same(cwd, ["a", "c"], 4)?;
+    let one = pairs_of(&base, cwd, "800", "d", &["--steps", "1", "--shard", "1/3"])?;
+    ensure!(one.code == Some(0) && one.stderr.contains("256 pairs of share 1/3"), "{one:?}");
+    let found: Vec<bool> = (0..4).map(|i| cwd.join(format!("d/shard-{i:05}.safetensors")).exists()).collect();
+    ensure!(found == [false, true, false, false], "{found:?}");
+    refused(&pairs_of(&base, cwd, "800", "d", &["--shard", "3/3"])?, &["3/3", "I from 0 to N - 1"])?;
+    let other = pairs_of(&base, cwd, "4", "a", &["--steps", "2"])?;
+    refused(&other, &["pairs.json", "another base, sampler or seed", "hint:"])
+}
+
+/// Ctrl-C saves the finished pairs of an unfinished shard, by the command of its own and within a distillation.
+#[test]
+#[cfg(unix)]
+fn an_interrupted_computation_keeps_its_pairs() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let cwd = folder.path();
+    let base = fixture_path("tiny-ddpm")?;
+    let line = "--base BASE --pairs 96 --pair-steps 200 --pairs-dir b --out run --train-steps 1 --batch 2 --samples 1";
+    let whole = pairs_of(&base, cwd, "96", "whole", &["--steps", "200"])?;
+    ensure!(whole.code == Some(0), "{whole:?}");
+    for (out, line, hint) in [
+        ("a", "pairs --base BASE --count 96 --steps 200 --out a", "the same command continues"),
+        ("b", line, "`dmd-distill --resume run`"),
+    ] {
+        let args = line.split(' ').map(|word| if word == "BASE" { base.as_str() } else { word });
+        let mut command = Command::new(binary("dmd-distill")?);
+        command.args(args).current_dir(cwd).stderr(Stdio::piped());
+        let process = command.spawn()?;
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while !cwd.join(out).join("pairs.json").exists() {
+            ensure!(Instant::now() < deadline, "no `pairs.json`");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        ensure!(Command::new("kill").args(["-INT", &process.id().to_string()]).status()?.success(), "kill");
+        let done = process.wait_with_output()?;
+        let stderr = String::from_utf8_lossy(&done.stderr);
+        ensure!(done.status.code() == Some(130), "{:?}: {stderr}", done.status);
+        ensure!(stderr.contains("of 96 pairs are kept") && stderr.contains(hint), "{stderr}");
+        let bytes = fs::read(cwd.join(out).join("shard-00000.safetensors"))?;
+        let kept = SafeTensors::deserialize(&bytes)?.tensor("y")?.shape()[0];
+        ensure!(kept > 0 && kept < 96 && kept.is_multiple_of(32), "{kept} pairs were kept");
+        let done = pairs_of(&base, cwd, "96", out, &["--steps", "200"])?;
+        ensure!(done.code == Some(0), "{done:?}");
+        same(cwd, ["whole", out], 1)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn classes_travel_with_the_pairs() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let cwd = folder.path();
+    let base = cwd.join("base");
+    fs::create_dir(&base)?;
+    for entry in fs::read_dir(fixture("tiny-class"))? {
+        let path = entry?.path();
+        fs::copy(&path, base.join(path.file_name().context("no name")?))?;
+    }
+    let card = |count: usize| {
+        fs::write(
+            base.join("card.json"),
+            format!(r#"{{"name":"x","classes":{{"count":{count},"none":10}}}}"#),
+        )
+    };
+    card(10)?;
+    let done = pairs_of("./base", cwd, "24", "pairs", &["--steps", "2"])?;
+    ensure!(done.code == Some(0), "{done:?}");
+    let description: Value = serde_json::from_str(&read_text(&cwd.join("pairs/pairs.json"))?)?;
+    ensure!(description["classes"] == 10, "{description}");
+    let shard = cwd.join("pairs/shard-00000.safetensors");
+    let bytes = fs::read(&shard)?;
+    let tensors = SafeTensors::deserialize(&bytes)?;
+    let class = tensors.tensor("class")?;
+    let expected: Vec<u8> = (0..24u32).flat_map(|k| (k % 10).to_le_bytes()).collect();
+    ensure!(class.dtype() == Dtype::U32 && class.data() == expected, "{:?}", class.data());
+    let y = tensors.tensor("y")?;
+    let turned: Vec<u8> = (0..24u32).flat_map(|k| ((k + 1) % 10).to_le_bytes()).collect();
+    let other = safetensors::tensor::TensorView::new(Dtype::U32, vec![24], &turned)?;
+    fs::write(&shard, safetensors::serialize([("y", &y), ("class", &other)], None)?)?;
+    let checkpoint = Checkpoint::load(&Source::Folder(base.clone()))?;
+    let recipe = Recipe { pairs: Some(24), pair_steps: Some(2), ..Recipe::default() };
+    let options = recipe.resolve("./base", &checkpoint)?.pairs(&checkpoint);
+    let found = pairs::prepare(&cwd.join("pairs"), &options, &checkpoint, 24, &Device::Cpu)?;
+    let (_, _, class) = found.batch(&[0, 9, 12], &Device::Cpu)?;
+    ensure!(class.context("no classes")?.to_vec1::<u32>()? == [1, 0, 3], "the shard's classes are not read");
+    card(9)?;
+    refused(&pairs_of("./base", cwd, "24", "pairs", &["--steps", "2"])?, &["pairs.json", "other classes"])?;
+    card(10)?;
+    fs::write(&shard, safetensors::serialize([("y", &y)], None)?)?;
+    refused(&pairs_of("./base", cwd, "24", "pairs", &["--steps", "2"])?, &["shard-00000", "`class` below 10"])
+}
+
+/// A run's pictures show images of its seed; its pairs must not be among them.
+#[test]
+fn pairs_share_no_noise_with_pictures() -> Result<()> {
+    let base = Checkpoint::load(&Source::Folder(fixture("tiny-ddpm")))?;
+    let size: usize = base.config.image_shape().iter().product();
+    for seed in [0, 1, 7, u32::MAX] {
+        let folder = tempfile::tempdir()?;
+        let recipe = Recipe { pairs: Some(4), pair_steps: Some(1), seed: Some(seed), ..Recipe::default() };
+        let options = recipe.resolve("base", &base)?.pairs(&base);
+        ensure!(options.seed == seed ^ 0x8000_0000, "{options:?}");
+        let found = pairs::prepare(folder.path(), &options, &base, 4, &Device::Cpu)?;
+        let (z, _, _) = found.batch(&[0, 1, 2, 3], &Device::Cpu)?;
+        for z in z.flatten_from(1)?.to_vec2::<f32>()? {
+            for image in 0..100 {
+                let mut shown = vec![0.0; size];
+                noise::standard_normal(seed, image, &mut shown);
+                ensure!(z != shown, "seed {seed}, image {image}");
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! Runs that stop and go on: by a step count, killed at many moments, and what `--resume` refuses.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, ensure};
+use dmd_tests::{Finished, binary, fixture, read_text, run_bin};
+
+const FILES: [&str; 4] =
+    ["run.json", "stats.jsonl", "generator/model.safetensors", "checkpoints/state.safetensors"];
+
+fn distill(cwd: &Path, args: &[&str]) -> Result<Finished> {
+    run_bin("dmd-distill", cwd, args)
+}
+
+/// A distillation of the class-conditional fixture that takes a second.
+fn small(out: &str, steps: &str) -> Result<Vec<String>> {
+    let base = fixture("tiny-class");
+    let line = "--batch 4 --pairs 8 --pair-steps 2 --fake-updates 2 --save-every 2 --sample-every 2 --warmup 2 \
+                --pairs-dir pairs";
+    let mut args = vec!["--base", base.to_str().context("the path is not UTF-8")?];
+    args.extend(["--out", out, "--train-steps", steps]);
+    args.extend(line.split_whitespace());
+    Ok(args.into_iter().map(str::to_owned).collect())
+}
+
+fn run_small(cwd: &Path, out: &str, steps: &str) -> Result<()> {
+    let done = run_bin("dmd-distill", cwd, small(out, steps)?)?;
+    ensure!(done.code == Some(0), "{done:?}");
+    Ok(())
+}
+
+fn refused(finished: &Finished, says: &[&str]) -> Result<()> {
+    ensure!(finished.code == Some(2), "got {finished:?}");
+    for text in says {
+        ensure!(finished.stderr.contains(text), "`{text}` is not in: {}", finished.stderr);
+    }
+    Ok(())
+}
+
+fn same(cwd: &Path, runs: [&str; 2]) -> Result<()> {
+    for file in FILES {
+        let [one, other] = runs.map(|run| fs::read(cwd.join(run).join(file)));
+        ensure!(one? == other?, "`{file}` differs");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_resumed_run_equals_an_uninterrupted_one() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for (out, steps) in [("whole", "4"), ("parts", "2")] {
+        run_small(folder.path(), out, steps)?;
+    }
+    let stats = folder.path().join("parts/stats.jsonl");
+    let later = "{\"step\":3,\"dm\":9.0}\n{\"step\":4,\"d";
+    fs::write(&stats, format!("{}{later}", read_text(&stats)?))?;
+    let done = distill(folder.path(), &["--resume", "parts", "--train-steps", "4"])?;
+    ensure!(done.code == Some(0), "{done:?}");
+    same(folder.path(), ["whole", "parts"])
+}
+
+/// Killed before the first file, and as soon as it has saved a state, again and again; continued each time.
+#[test]
+fn a_killed_run_ends_like_an_uninterrupted_one() -> Result<()> {
+    const STEPS: u64 = 40;
+    let folder = tempfile::tempdir()?;
+    run_small(folder.path(), "whole", "40")?;
+    let run = folder.path().join("killed");
+    let start = small("killed", "40")?;
+    let resume = ["--resume", "killed"].map(str::to_owned).to_vec();
+    let begin = |log: &Path| -> Result<Child> {
+        let arguments = if run.exists() { &resume } else { &start };
+        let mut command = Command::new(binary("dmd-distill")?);
+        command.args(arguments).current_dir(folder.path()).stderr(fs::File::create(log)?);
+        Ok(command.stdout(Stdio::null()).spawn()?)
+    };
+    let saved = || -> Option<SystemTime> {
+        fs::metadata(run.join("checkpoints/state.safetensors")).and_then(|state| state.modified()).ok()
+    };
+    let (mut kills, mut resumed) = (0, Vec::new());
+    for round in 0..10u64 {
+        let log = folder.path().join(format!("log-{round}"));
+        let before = saved();
+        let mut process = begin(&log)?;
+        if round < 4 {
+            std::thread::sleep(Duration::from_millis(2 + 30 * round));
+        } else {
+            let deadline = Instant::now() + Duration::from_secs(120);
+            while saved() == before && process.try_wait()?.is_none() {
+                ensure!(Instant::now() < deadline, "no state was saved");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(3 * (round - 4))); // not always at the same place
+        }
+        process.kill()?;
+        kills += usize::from(process.wait()?.code().is_none());
+        resumed.extend(step_of(&read_text(&log)?));
+    }
+    let done = distill(folder.path(), &["--resume", "killed"])?;
+    ensure!(done.code == Some(0), "{done:?}");
+    resumed.extend(step_of(&done.stderr));
+    ensure!(kills > 3, "only {kills} of the processes were still running");
+    ensure!(resumed.iter().any(|step| (1..STEPS).contains(step)), "no kill fell between: {resumed:?}");
+    same(folder.path(), ["whole", "killed"])
+}
+
+/// The step after which a run says that it continues.
+fn step_of(log: &str) -> Option<u64> {
+    log.split("continuing after step ").nth(1)?.split_whitespace().next()?.parse().ok()
+}
+
+#[test]
+fn a_resumed_run_is_checked_first() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    run_small(folder.path(), "run", "4")?;
+    let options = read_text(&folder.path().join("run/run.json"))?;
+    let resume = |args: &[&str]| distill(folder.path(), &[&["--resume", "run"], args].concat());
+    for steps in ["0", "3"] {
+        refused(&resume(&["--train-steps", steps])?, &["--train-steps", "at least 4", "step 4"])?;
+    }
+    let done = resume(&["--train-steps", "6", "--dry-run"])?;
+    ensure!(done.code == Some(0) && done.stdout.contains("\"train_steps\": 6"), "{done:?}");
+    ensure!(done.stderr.contains("time about"), "{done:?}");
+    ensure!(read_text(&folder.path().join("run/run.json"))? == options, "a dry run changed the options");
+    let other = distill(folder.path(), &["teacher", "--resume", "run"])?;
+    refused(&other, &["a run of `dmd-distill`", "hint: continue it with `dmd-distill --resume run`"])?;
+    fs::write(folder.path().join("run/run.json"), options.replace("\"distill\"", "\"teacher\""))?;
+    refused(&resume(&[])?, &["a run of `dmd-distill teacher`", "`dmd-distill teacher --resume run`"])
+}
