@@ -126,7 +126,7 @@ fn a_resumed_training_equals_an_uninterrupted_one() -> Result<()> {
     mnist(&folder.path().join("mnist"))?;
     let line = |out: &str, steps: u64| {
         format!(
-            "--base ddpm-mnist --data mnist --out {out} --train-steps {steps} --batch 2 --save-every 1 --sample-every 9 \
+            "--base ddpm-mnist --data mnist --out {out} --train-steps {steps} --batch 2 --save-every 9 --sample-every 9 \
              --samples 1 --sample-steps 1 --ema 0.9 --flip --lr-schedule constant"
         )
     };

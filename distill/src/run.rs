@@ -137,8 +137,7 @@ impl Run {
             .get("state")
             .and_then(|text| serde_json::from_str(text).ok())
             .ok_or_else(|| Error::content(&path, "it is no state of a run"))?;
-        let step =
-            state["step"].as_u64().ok_or_else(|| Error::content(&path, "it does not say its step"))?;
+        let step = state["step"].as_u64().ok_or_else(|| Error::content(&path, "it does not say its step"))?;
         let note = state["note"].clone();
         Ok(Some(State { step, tensors: read_tensors(&path, &bytes)?, note, path }))
     }

@@ -171,7 +171,6 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
     if resumed.is_some() {
         eprintln!("continuing after step {step}");
     } else {
-        monitor.reference = Some(judge.reference(&base)?);
         save_samples(&work, run, options, 0, &ema.tensors)?;
     }
 
@@ -190,6 +189,9 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
         });
         let mut verdict = Verdict::Fine;
         if step.is_multiple_of(options.eval_every) {
+            if monitor.reference.is_none() {
+                monitor.reference = Some(judge.reference(&base)?);
+            }
             let (look, metric) = judge.look(&work, &ema.tensors)?;
             verdict = monitor.judge(step, &look, metric);
             for (name, value) in [
