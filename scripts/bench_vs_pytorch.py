@@ -66,7 +66,7 @@ class Contestant:
 
     def __init__(self, command, threads):
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
-        settings = {**os.environ, **{name: str(threads) for name in names}, "OMP_WAIT_POLICY": "passive"}
+        settings = {**os.environ, **{name: str(threads) for name in names}}
         settings["CANDLE_NUM_THREADS"] = "1"
         self.process = subprocess.Popen(
             command, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
