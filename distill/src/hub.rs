@@ -166,7 +166,11 @@ fn cached(cache: &Cache, id: &str) -> Result<Fetched> {
     let commit = commit.unwrap_or_else(|_| revision.to_owned());
     let folder = snapshot(cache, name, &commit);
     if !folder.is_dir() {
-        return Err(refused("not"));
+        let begun = folder
+            .parent()
+            .and_then(|all| std::fs::read_dir(all).ok())
+            .is_some_and(|mut all| all.next().is_some());
+        return Err(refused(if begun { "incomplete" } else { "not" }));
     }
     let mut all = Vec::new();
     for sub in ["", "unet/", "scheduler/"] {
