@@ -13,6 +13,10 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 CIFAR = FIXTURES / "cifar-10-batches-py"
 FOLDERS = [GOLDEN, CIFAR, CIFAR / "code", *(FIXTURES / name for name in ("pickles", "tiny-class", "tiny-ddpm"))]
 HOLDS = {
+    GOLDEN / "adversarial.safetensors": (
+        "golden_adversarial.py",
+        "DMD2's adversarial losses with all gradients, on the networks of losses.safetensors; a discriminator on tiny-ddpm",
+    ),
     GOLDEN / "bases.safetensors": (
         "golden_bases.py",
         "the three reference bases at full size: eps_pred; eight small networks with every option: eps_pred and all gradients; weights"
@@ -27,6 +31,10 @@ HOLDS = {
         "golden_losses.py",
         "the DM, regression and critic losses with all gradients (`once.`, `grad.`), ten AdamW steps (`steps.`, `final.`);"
         " the order of operations is in the script's header",
+    ),
+    GOLDEN / "lpips.safetensors": (
+        "golden_lpips.py",
+        "LPIPS by the package lpips on VGG16 and AlexNet with weights from seeds: distances and gradients; in the script's header",
     ),
     GOLDEN / "metrics.safetensors": (
         "golden_metrics.py",
@@ -71,7 +79,7 @@ Reference values by PyTorch and diffusers, numpy and scipy, computed in f64 from
 
 ```sh
 scripts/setup pytorch && . scripts/env && "$DMD_PYTORCH" -m pip install -r scripts/golden-metrics-requirements.txt
-for subject in unet bases schedule losses ops batch_norm noise metrics inception pickles cifar readme; do
+for subject in unet bases schedule losses adversarial ops batch_norm noise metrics inception lpips pickles cifar readme; do
     "$DMD_PYTORCH" scripts/golden_$subject.py
 done
 ```
@@ -86,7 +94,9 @@ The same bytes came out of repeated runs; another processor may change a last bi
   either sign after AdamW. It does not reach any output. For scale: PyTorch's own f32 ends the ten steps of `losses.safetensors`
   within 3e-6 of the f64 weights, and within 3e-7 relative of the losses, but up to 1e-3 away in `to_k.bias`.
 - Other gradients are 0 in exact arithmetic too: that of a bias before GroupNorm over its channel alone (`up.7.res_blk.conv1.bias`
-  of small-celeba), and those of GroupNorm over a single value or of constant images. Goldens have at most 1e-12 there. Over two values (`group_norm_c8_g4_1x1`) the gradient is a difference of numbers a thousand times as large and more.
+  of small-celeba), and those of GroupNorm over a single value or of constant images. Goldens have at most 1e-12 there. Over two
+  values (`group_norm_c8_g4_1x1`) the gradient is a difference of numbers a thousand times as large and more: PyTorch's own f32 is up
+  to 9e-4 of the largest value away from f64.
 - diffusers computes the sinusoidal time embedding in f32 even in f64 networks: at t = 999 its angles are off by up to 6e-5.
 
 ## Files

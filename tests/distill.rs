@@ -11,7 +11,7 @@ use dmd_core::schedule::Schedule;
 use dmd_distill::checkpoint::{Checkpoint, Source};
 use dmd_distill::cpu::{self, CpuOps};
 use dmd_distill::distillation::Distillation;
-use dmd_distill::draws::{CriticDraws, GeneratorDraws, Input, Noise, PairBatch};
+use dmd_distill::draws::{CriticDraws, GeneratorDraws, Input, Noise, PairBatch, RealBatch};
 use dmd_distill::network::{Engine, Network, Tensors, initial_weights};
 use dmd_distill::ops::CandleOps;
 use dmd_distill::options::Recipe;
@@ -24,7 +24,7 @@ use dmd_tests::{Golden, compare, compare_gradient, compare_scaled, fixture};
 const CPU: Device = Device::Cpu;
 /// What CPUs use, and what GPUs use.
 const ENGINES: [Engine; 2] = [Engine::Kernels, Engine::Compositions];
-/// The bound on predicted noise.
+/// Bound on predicted noise.
 const EPS_PRED: Tolerance = Tolerance { abs: 1e-4, rel: 0.0 };
 /// diffusers rounds the angles of the time embedding to f32, as we do, but after another exponential: at t = 999 the
 /// two differ by up to 6e-5 (tests/golden/README.md).
@@ -376,19 +376,21 @@ fn options(base: &Checkpoint) -> Result<DistillOptions> {
     Ok(recipe.resolve("tiny-class", base)?)
 }
 
-/// A distillation of tiny-class at the golden's weights, before its first update.
+/// A distillation of tiny-class at the goldens' weights, before its first update.
 fn distillation<'a>(
     options: &'a DistillOptions,
     base: &Checkpoint,
-    golden: &Golden,
+    goldens: &[&Golden],
     engine: Engine,
 ) -> Result<Distillation<'a>> {
     let mut state = Distillation::new(options, base, None, &CPU)?.state(&Tensors::new())?;
-    for name in ["generator.", "fake."]
-        .iter()
-        .flat_map(|role| golden.names().filter(move |name| name.starts_with(role)))
-    {
-        ensure!(state.insert(name.to_owned(), floats(golden, name)?).is_some(), "`{name}`");
+    for golden in goldens {
+        for name in ["generator.", "fake."]
+            .iter()
+            .flat_map(|role| golden.names().filter(move |name| name.starts_with(role)))
+        {
+            ensure!(state.insert(name.to_owned(), floats(golden, name)?).is_some(), "`{name}`");
+        }
     }
     Ok(Distillation::new(options, base, Some(&state), &CPU)?.on(engine))
 }
@@ -398,7 +400,7 @@ fn the_three_losses_match_pytorch_with_every_gradient() -> Result<()> {
     let (base, golden) = (checkpoint("tiny-class")?, Golden::load("losses")?);
     let options = options(&base)?;
     for engine in ENGINES {
-        let work = distillation(&options, &base, &golden, engine)?;
+        let work = distillation(&options, &base, &[&golden], engine)?;
         let step = Step { golden: &golden, row: None };
         let draws = step.generator()?;
         let (loss, mut update) = work.generator_loss(&draws)?;
@@ -419,13 +421,75 @@ fn the_three_losses_match_pytorch_with_every_gradient() -> Result<()> {
     Ok(())
 }
 
+/// DMD2's losses: `scripts/golden_adversarial.py`.
+#[test]
+fn the_adversarial_losses_match_pytorch_with_every_gradient() -> Result<()> {
+    let base = checkpoint("tiny-class")?;
+    let (golden, weights) = (Golden::load("adversarial")?, Golden::load("losses")?);
+    let options = DistillOptions {
+        gan_weight: 0.5,
+        gan_weight_fake: 0.25,
+        lambda_reg: 0.0,
+        pairs: 0,
+        ..options(&base)?
+    };
+    for engine in ENGINES {
+        let work = distillation(&options, &base, &[&weights, &golden], engine)?;
+        let step = Step { golden: &golden, row: None };
+        let draws = GeneratorDraws {
+            pairs: None,
+            adversarial: Some(step.noise("t_adversarial", "eps_adversarial")?),
+            ..step.generator()?
+        };
+        let real = RealBatch {
+            images: step.floats("y_real")?,
+            class: Some(Tensor::new(step.indices("class_real")?, &CPU)?),
+            noise: step.noise("t_real", "eps_real")?,
+        };
+        let (loss, mut update) = work.generator_loss(&draws)?;
+        let critic = work.critic_loss(&CriticDraws { real: Some(real), ..step.critic()? }, &mut update)?;
+        step.figure(engine, "loss.dm", update.dm)?;
+        step.figure(engine, "loss.adversarial", update.adversarial)?;
+        step.figure(engine, "loss.critic", update.fake)?;
+        step.figure(engine, "loss.discrimination", update.discrimination)?;
+        for (role, network, loss) in [("generator", &work.generator, loss), ("fake", &work.fake, critic)] {
+            let what = format!("{role} by {engine:?}");
+            compare_gradients(&what, &loss.backward()?, network, &golden, &format!("grad.{role}."))?;
+        }
+    }
+    Ok(())
+}
+
+/// On a bottleneck of 8 pixels the head halves once before it looks at the whole.
+#[test]
+fn the_discriminator_matches_pytorch_on_a_larger_bottleneck() -> Result<()> {
+    let (base, golden) = (checkpoint("tiny-ddpm")?, Golden::load("adversarial")?);
+    let mut tensors = base.tensors.clone();
+    for name in golden.names_under("ddpm.").filter(|name| name.starts_with("discriminator.")) {
+        tensors.insert(name.to_owned(), floats(&golden, &format!("ddpm.{name}"))?);
+    }
+    let mut network = Network::trainable(&base.config, &tensors, &CPU)?;
+    let x_t = Var::from_tensor(&floats(&golden, "ddpm.x_t")?)?;
+    let t: Vec<f32> = golden.i64("ddpm.t")?.into_iter().map(|t| t as f32).collect();
+    for engine in ENGINES {
+        network.engine = engine;
+        let logit = network.logit(&x_t, &Tensor::new(t.clone(), &CPU)?, None)?;
+        let what = format!("logit by {engine:?}");
+        compare_scaled(&what, &flat(&logit)?, &golden.f32("ddpm.logit")?, 1e-4, 0.0)?;
+        let grads = logit.mean_all()?.backward()?;
+        let got = flat(grads.get(&x_t).context("no gradient for x_t")?)?;
+        compare_gradient(&what, "x_t", &got, &golden.f32("ddpm.gradient")?, 1e-4)?;
+    }
+    Ok(())
+}
+
 /// The updates that `dmd-distill` makes, on the golden's draws.
 #[test]
 fn ten_training_steps_match_pytorch() -> Result<()> {
     let (base, golden) = (checkpoint("tiny-class")?, Golden::load("losses")?);
     let options = options(&base)?;
     for engine in ENGINES {
-        let mut work = distillation(&options, &base, &golden, engine)?;
+        let mut work = distillation(&options, &base, &[&golden], engine)?;
         for row in 0..10 {
             let step = Step { golden: &golden, row: Some(row) };
             let mut update = work.update_generator(&step.generator()?)?;

@@ -221,7 +221,7 @@ fn a_damaged_base_is_refused_by_file_and_tensor() -> Result<()> {
 fn options_that_make_no_sense_are_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let base = fixture_path("tiny-class")?;
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["--batch", "0"], "--batch"),
         (&["--lr", "0"], "learning rates"),
         (&["--ema", "1"], "--ema"),
@@ -231,6 +231,7 @@ fn options_that_make_no_sense_are_refused() -> Result<()> {
         (&["--fake-updates", "0"], "--fake-updates"),
         (&["--device", "cuda"], "--features cuda"),
         (&["--device", "tpu"], "--device tpu"),
+        (&["--reg", "l1"], "lpips:DIR"),
     ];
     for (args, says) in cases {
         let all = [&["--base", &base, "--out", "run"], args].concat();
@@ -278,6 +279,11 @@ fn what_a_run_cannot_use_is_refused_before_its_folder_is_made() -> Result<()> {
     )?;
     let images = [&args[..], &["--gan-weight", "0.1", "--data", "nowhere"]].concat();
     refused(&distill(folder.path(), &images)?, &["nowhere"])?;
+    let with = |distance: &str| distill(folder.path(), &[&args[..], &["--reg", distance]].concat());
+    refused(&with("lpips:nowhere")?, &["nowhere"])?;
+    refused(&with("lpips:pairs")?, &["there is no tensor `features.0.weight`", "vgg16-397923af.pth"])?;
+    refused(&with("classifier")?, &["[1, 28, 28]", "dmd-distill classifier"])?;
+    refused(&with("classifier:pairs")?, &["config.json"])?;
     ensure!(!folder.path().join("run").exists(), "a run was begun");
     let shard = folder.path().join("pairs/shard-00000.safetensors");
     let before = (fs::read(&shard)?, fs::metadata(&shard)?.modified()?);

@@ -15,6 +15,7 @@ use crate::error::Result;
 use crate::losses::{self, NoiseLevels};
 use crate::network::{Engine, Guidance, Network, Tensors, initial_discriminator};
 use crate::optimiser::{AdamW, AdamWConfig};
+use crate::regression::Regression;
 use crate::teacher::part;
 use crate::train::DistillOptions;
 
@@ -27,6 +28,7 @@ pub struct Distillation<'a> {
     pub(crate) classes: Option<usize>,
     teacher: Network,
     guidance: Option<Guidance>,
+    regression: Regression,
     /// What becomes the one-step generator.
     pub generator: Network,
     /// The critic.
@@ -116,6 +118,12 @@ impl<'a> Distillation<'a> {
             classes: dice.classes,
             dice,
             guidance: Guidance::new(options.guidance, base.provenance.classes.as_ref())?,
+            regression: Regression::load(
+                &options.reg,
+                base.config.image_shape(),
+                base.config.range(),
+                device,
+            )?,
             teacher: Network::frozen(&base.config, &base.tensors, device)?.in_bf16_on_gpu(),
             generator_view: generator.without_gradient(),
             fake_view: fake.without_gradient().in_bf16_on_gpu(),
@@ -172,7 +180,7 @@ impl<'a> Distillation<'a> {
         if let Some(pairs) = &draws.pairs {
             let x_ref =
                 self.generator.one_step(&self.one_step, &pairs.input.z, pairs.input.class.as_ref())?;
-            let regression = losses::regression(&x_ref, &pairs.y, o.reg)?;
+            let regression = self.regression.loss(&x_ref, &pairs.y)?;
             update.reg = scalar(&regression)?;
             loss = (loss + (regression * o.lambda_reg)?)?;
         }

@@ -3,7 +3,6 @@
 
 use candle_core::{Device, Tensor};
 use dmd_core::schedule::{Prediction, Schedule};
-use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 
@@ -101,34 +100,22 @@ pub fn distribution_matching(x_gen: &Tensor, gradient: &Tensor) -> Result<Tensor
     Ok(((x_gen - target)?.sqr()?.mean_all()? * 0.5)?)
 }
 
-/// How far a generated image is from its pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Distance {
-    /// Mean squared difference.
-    L2,
-    /// Pseudo-Huber: nearly the norm of the difference, so that single bad pairs count less. Song and Dhariwal 2023
-    /// (arXiv:2310.14189), section 3.3.
-    Huber,
-}
-
-/// The distance of generated images from the images of pairs: Eq. 9 with a distance in pixels.
-///
-/// `l2`: `mean((x_gen − y)²)`. `huber`: `mean_b(sqrt(‖x_gen − y‖² + c²) − c)/sqrt(d)` with `c = 0.00054·sqrt(d)` for images of
-/// `d` values.
+/// `mean((x_gen − y)²)`: Eq. 9 with the mean squared difference.
 ///
 /// # Shapes
 /// `x_gen`, `y`: `[b, c, h, w]`; returns a scalar.
-pub fn regression(x_gen: &Tensor, y: &Tensor, distance: Distance) -> Result<Tensor> {
-    let square = (x_gen - y)?.sqr()?;
-    Ok(match distance {
-        Distance::L2 => square.mean_all()?,
-        Distance::Huber => {
-            let c = HUBER;
-            let mean = square.flatten_from(1)?.mean(1)?;
-            ((mean + c * c)?.sqrt()? - c)?.mean_all()?
-        }
-    })
+pub fn l2(x_gen: &Tensor, y: &Tensor) -> Result<Tensor> {
+    Ok((x_gen - y)?.sqr()?.mean_all()?)
+}
+
+/// `mean_b(sqrt(‖x_gen − y‖² + c²) − c)/sqrt(d)` with `c = 0.00054·sqrt(d)` for images of `d` values: nearly the norm of the
+/// difference, so that single bad pairs count less. Song and Dhariwal 2023 (arXiv:2310.14189), section 3.3.
+///
+/// # Shapes
+/// `x_gen`, `y`: `[b, c, h, w]`; returns a scalar.
+pub fn pseudo_huber(x_gen: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let mean = (x_gen - y)?.sqr()?.flatten_from(1)?.mean(1)?;
+    Ok(((mean + HUBER * HUBER)?.sqrt()? - HUBER)?.mean_all()?)
 }
 
 /// `mean(softplus(−D(fake)))`: what the generator minimises. Yin et al. 2024 (DMD2, arXiv:2405.14867), Eq. 4, in the form

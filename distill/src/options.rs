@@ -14,10 +14,10 @@ use crate::classifier::ClassifierArgs;
 use crate::error::{Error, Result};
 use crate::eval::EvalArgs;
 use crate::files;
-use crate::losses::Distance;
 use crate::network::Guidance;
 use crate::optimiser::LrSchedule;
 use crate::pairs::{PairsOptions, Share};
+use crate::regression::Distance;
 use crate::teacher::options::TeacherArgs;
 use crate::train::{DistillOptions, Keep, Method};
 
@@ -173,8 +173,10 @@ pub struct Recipe {
     /// Weight of the regression loss [default: 0.25; dmd2: 0]
     #[arg(long, value_name = "X")]
     pub lambda_reg: Option<f64>,
-    /// Distance of the regression loss: l2, or huber (single bad pairs count less) [default: l2]
-    #[arg(long, value_enum)]
+    /// Distance of the regression loss: l2; huber (single bad pairs count less); classifier, between features of the bundled
+    /// classifier or one of `dmd-distill classifier`; or lpips, with a folder that holds torchvision's VGG16 or AlexNet and
+    /// the linear weights of the package lpips for it [default: l2]
+    #[arg(long, value_name = "l2|huber|classifier[:DIR]|lpips:DIR")]
     pub reg: Option<Distance>,
     /// Weight of the adversarial loss in the generator's; 0 trains without real images [default: 0; dmd2: 3e-3]
     #[arg(long, value_name = "X")]
@@ -371,7 +373,7 @@ impl Recipe {
             dm_alpha_factor: self.dm_alpha_factor.unwrap_or(false),
             t_min: self.t_min.unwrap_or(0.02),
             t_max: self.t_max.unwrap_or(0.98),
-            reg: self.reg.unwrap_or(Distance::L2),
+            reg: self.reg.unwrap_or(Distance::L2).absolute()?,
             gan_weight: self.gan_weight.unwrap_or(gan_weight),
             gan_weight_fake: self.gan_weight_fake.unwrap_or(1e-2),
             pairs_dir: std::path::absolute(&pairs_dir).map_err(Error::file("find", &pairs_dir))?,

@@ -14,12 +14,12 @@ use crate::distillation::{Distillation, Material};
 use crate::error::{Error, Result};
 use crate::html;
 use crate::judge::Judge;
-use crate::losses::Distance;
 use crate::monitor::{Monitor, Verdict};
 use crate::network::{Network, Tensors};
 use crate::optimiser::{Ema, LrSchedule};
 use crate::pairs::{self, PairsOptions};
 use crate::progress::{Progress, stop_requested};
+use crate::regression::{Distance, Regression};
 use crate::report;
 use crate::run::{LATEST, Run, images, save_grid};
 use crate::sampler::{Request, one_step};
@@ -155,6 +155,9 @@ impl DistillOptions {
     pub fn check_material(&self, base: &Checkpoint) -> Result<()> {
         if self.pairs > 0 {
             self.pairs(base).check(&self.pairs_dir)?;
+        }
+        if self.pairs > 0 {
+            Regression::load(&self.reg, base.config.image_shape(), base.config.range(), &Device::Cpu)?;
         }
         self.real(base).map(drop)
     }

@@ -48,11 +48,13 @@ impl Checkpoint {
         }
         let place = |name: &str| find(dir, name).unwrap_or(dir.join(name));
         let config = parse(&place("config.json"), ModelConfig::from_json)?;
-        let schedule = parse(&place("scheduler_config.json"), |text| serde_json::from_str(text))?;
+        let schedule: ScheduleConfig =
+            parse(&place("scheduler_config.json"), |text| serde_json::from_str(text))?;
+        schedule.check_network(&config).map_err(|e| Error::file(dir, e.to_string()))?;
         let generator = parse_optional(&dir.join("generator.json"))?;
         let card = dir.join("card.json");
         let provenance: Option<Provenance> = parse_optional(&card)?;
-        let provenance = complete(provenance, dir, &config).map_err(|problem| Error::file(&card, problem))?;
+        let provenance = complete(provenance, dir, &config).map_err(|e| Error::file(&card, e.to_string()))?;
         let weights = tensors::load(&weight_file(dir)?, &config)?;
         let checkpoint = Self { config, schedule, generator, provenance, weights };
         if checkpoint.generator.is_some() {
@@ -89,32 +91,18 @@ fn parse_optional<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<
     parse(path, |text| serde_json::from_str(text)).map(Some)
 }
 
-/// Adds what `card.json` leaves out and checks what it says against the configuration.
-fn complete(
-    card: Option<Provenance>,
-    dir: &Path,
-    config: &ModelConfig,
-) -> std::result::Result<Provenance, String> {
-    let rows = config.class_rows();
+/// The card, with the classes that the network implies where it names none.
+fn complete(card: Option<Provenance>, dir: &Path, config: &ModelConfig) -> dmd_core::Result<Provenance> {
     let mut card = card.unwrap_or_else(|| Provenance::named(directory_name(dir)));
-    match (&card.classes, rows) {
-        (None, None) => {}
-        (None, Some(count)) => card.classes = Some(Classes { count, names: vec![], none: None }),
-        (Some(c), None) => {
-            return Err(format!("got {} classes, but config.json has no `num_class_embeds`", c.count));
-        }
-        (Some(c), Some(rows)) => {
-            if c.count == 0 || c.count > rows || c.none.is_some_and(|none| none >= rows) {
-                return Err(format!(
-                    "got {} classes and `none` {:?}, expected rows of the {rows} in `num_class_embeds` of config.json",
-                    c.count, c.none
-                ));
+    if card.classes.is_none() {
+        card.classes = match config {
+            ModelConfig::ContextUnet(c) => {
+                Some(Classes { count: c.n_classes, names: vec![], none: Some(c.n_classes) })
             }
-            if !c.names.is_empty() && c.names.len() != c.count {
-                return Err(format!("got {} class names, expected {}", c.names.len(), c.count));
-            }
-        }
+            _ => config.class_rows().map(|count| Classes { count, names: vec![], none: None }),
+        };
     }
+    card.check_classes(config.class_rows())?;
     Ok(card)
 }
 

@@ -137,7 +137,7 @@ fn a_damaged_checkpoint_is_refused_by_file_and_key() -> Result<()> {
     expect("generator.json", br#"{"t_gen": 1000, "input_scale": 1.0}"#, &["generator.json", "t_gen", "999"])?;
     expect("generator.json", br#"{"t_gen": 1}"#, &["generator.json", "input_scale"])?;
     let card = br#"{"name": "x", "classes": {"count": 12}}"#;
-    expect("card.json", card, &["card.json", "num_class_embeds"])?;
+    expect("card.json", card, &["card.json", "class table"])?;
     expect(WEIGHTS, &weights[..weights.len() - 8], &[WEIGHTS, "truncated"])?;
     expect(WEIGHTS, &weights[..100], &[WEIGHTS, "truncated"])?;
     expect(WEIGHTS, b"", &[WEIGHTS, "truncated"])?;

@@ -84,39 +84,42 @@ pub struct Classifier {
     device: Device,
 }
 
-/// What the network makes of images on its way.
-pub struct Depths<V> {
-    /// After the blocks of each scale, before halving: `[n, c, h, w]`.
-    pub scales: Vec<V>,
-    /// The penultimate layer after ReLU: `[n, features, 1, 1]`.
-    pub features: V,
-}
-
-/// Features of images `[n, c, h, w]` in [`RANGE`]; everything up to the layer of classes.
+/// Features `[n, features, 1, 1]` of images `[n, c, h, w]` in [`RANGE`]: the penultimate layer after ReLU.
 pub fn features<O: Ops>(
     ops: &mut O,
     config: &ClassifierConfig,
     x: &O::Value,
-) -> std::result::Result<Depths<O::Value>, O::Error> {
-    let (mut x, mut channels, mut scales) = (x.clone(), config.in_channels, Vec::new());
-    for (i, out) in config.block_out_channels.into_iter().enumerate() {
-        if i > 0 {
-            x = ops.pool(&x, Pool::Max, 2)?;
-        }
-        for j in 0..2 {
-            let conv =
-                Conv2d { in_channels: channels, out_channels: out, kernel: 3, stride: 1, padding: [1; 4] };
-            let norm = GroupNorm { channels: out, groups: config.norm_num_groups, eps: EPS, silu: true };
-            x = ops.conv2d(&x, &format!("blocks.{i}.conv{j}"), conv)?;
-            x = ops.group_norm(&x, &format!("blocks.{i}.norm{j}"), norm)?;
-            channels = out;
-        }
-        scales.push(x.clone());
+) -> std::result::Result<O::Value, O::Error> {
+    let mut x = x.clone();
+    for i in 0..config.block_out_channels.len() {
+        x = scale(ops, config, i, &x)?;
     }
-    let linear = Linear { in_features: channels, out_features: config.features };
+    let linear = Linear { in_features: config.block_out_channels[2], out_features: config.features };
     let mean = ops.pool(&x, Pool::Average, config.sample_size / 4)?;
     let mapped = ops.pointwise(&mean, "features", linear)?;
-    Ok(Depths { scales, features: ops.activate(&mapped, Activation::Relu)? })
+    ops.activate(&mapped, Activation::Relu)
+}
+
+/// The blocks of one scale, on what the scale before left.
+fn scale<O: Ops>(
+    ops: &mut O,
+    config: &ClassifierConfig,
+    i: usize,
+    x: &O::Value,
+) -> std::result::Result<O::Value, O::Error> {
+    let out = config.block_out_channels[i];
+    let (mut x, mut channels) = match i {
+        0 => (x.clone(), config.in_channels),
+        _ => (ops.pool(x, Pool::Max, 2)?, config.block_out_channels[i - 1]),
+    };
+    for j in 0..2 {
+        let conv = Conv2d { in_channels: channels, out_channels: out, kernel: 3, stride: 1, padding: [1; 4] };
+        let norm = GroupNorm { channels: out, groups: config.norm_num_groups, eps: EPS, silu: true };
+        x = ops.conv2d(&x, &format!("blocks.{i}.conv{j}"), conv)?;
+        x = ops.group_norm(&x, &format!("blocks.{i}.norm{j}"), norm)?;
+        channels = out;
+    }
+    Ok(x)
 }
 
 impl ClassifierConfig {
@@ -167,7 +170,7 @@ impl ClassifierConfig {
         let [c, h, w] = self.image_shape();
         Ok(trace(|ops| {
             let linear = Linear { in_features: self.features, out_features: self.num_classes };
-            let found = features(ops, self, &vec![1, c, h, w])?.features;
+            let found = features(ops, self, &vec![1, c, h, w])?;
             ops.linear(&found, "classes", linear).map(|_| ())
         })?)
     }
@@ -234,6 +237,26 @@ impl Classifier {
         forward(&self.config, &self.parameters, &x.to_device(&self.device)?)
     }
 
+    /// What the blocks of each scale make of images in [`RANGE`], differentiable in the images.
+    ///
+    /// # Shapes
+    /// `x`: `[n, c, h, w]`; returns `[n, c', h, w]`, and half and quarter of the size.
+    pub fn scales(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        let (mut x, mut all) = (x.to_device(&self.device)?, Vec::new());
+        for i in 0..self.config.block_out_channels.len() {
+            x = if x.device().is_cpu() {
+                let (config, prefix) = (self.config.clone(), format!("blocks.{i}."));
+                let own = self.parameters.iter().filter(|(name, _)| name.starts_with(&prefix));
+                let own = own.map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+                cpu::apply(&[x], &own, move |ops, x| scale(ops, &config, i, &x[0]))?
+            } else {
+                scale(&mut CandleOps::new(&self.parameters, x.device()), &self.config, i, &x)?
+            };
+            all.push(x.clone());
+        }
+        Ok(all)
+    }
+
     /// The weights by name.
     pub fn parameters(&self) -> &Tensors {
         &self.parameters
@@ -255,11 +278,9 @@ impl Classifier {
 fn forward(config: &ClassifierConfig, parameters: &Tensors, x: &Tensor) -> Result<(Tensor, Tensor)> {
     let found = if x.device().is_cpu() {
         let config = config.clone();
-        cpu::apply(std::slice::from_ref(x), parameters, move |ops, x| {
-            Ok(features(ops, &config, &x[0])?.features)
-        })?
+        cpu::apply(std::slice::from_ref(x), parameters, move |ops, x| features(ops, &config, &x[0]))?
     } else {
-        features(&mut CandleOps::new(parameters, x.device()), config, x)?.features
+        features(&mut CandleOps::new(parameters, x.device()), config, x)?
     };
     let found = found.flatten_from(1)?;
     let missing = |name: &str| {
@@ -305,9 +326,7 @@ mod tests {
         let x = Random::new(0, Purpose::Metrics, 0).normal_tensor(&[5, 1, 28, 28], &Device::Cpu).unwrap();
         let (found, _) = classifier.classify(&x).unwrap();
         let mut ops = CandleOps::new(classifier.parameters(), &Device::Cpu);
-        let depths = features(&mut ops, &classifier.config, &x).unwrap();
-        assert_eq!(depths.scales.iter().map(|s| s.dims()[2]).collect::<Vec<_>>(), [28, 14, 7]);
-        let expected = depths.features.flatten_from(1).unwrap();
+        let expected = features(&mut ops, &classifier.config, &x).unwrap().flatten_from(1).unwrap();
         let error =
             (found - &expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         let largest = expected.max_all().unwrap().to_scalar::<f32>().unwrap();

@@ -14,12 +14,14 @@ mod layout;
 mod memory;
 mod norm;
 mod ops;
+mod pass;
 mod simd;
 mod tape;
 mod tile;
 
 pub use images::Images;
-pub use ops::{CpuOps, apply};
+pub use ops::CpuOps;
+pub use pass::apply;
 pub use tape::Value;
 
 #[cfg(test)]
