@@ -10,7 +10,7 @@ use dmd_core::net::{OneStep, denoise};
 use dmd_core::schedule::Schedule;
 use dmd_distill::checkpoint::{Checkpoint, Source};
 use dmd_distill::cpu::{self, CpuOps};
-use dmd_distill::distillation::Distillation;
+use dmd_distill::distillation::{Distillation, Start};
 use dmd_distill::draws::{CriticDraws, GeneratorDraws, Input, Noise, PairBatch, RealBatch};
 use dmd_distill::network::{Engine, Network, Tensors, initial_weights};
 use dmd_distill::ops::CandleOps;
@@ -383,7 +383,7 @@ fn distillation<'a>(
     goldens: &[&Golden],
     engine: Engine,
 ) -> Result<Distillation<'a>> {
-    let mut state = Distillation::new(options, base, None, &CPU)?.state(&Tensors::new())?;
+    let mut state = Distillation::new(options, base, Start::Base, &CPU)?.state(&Tensors::new())?;
     for golden in goldens {
         for name in ["generator.", "fake."]
             .iter()
@@ -392,7 +392,7 @@ fn distillation<'a>(
             ensure!(state.insert(name.to_owned(), floats(golden, name)?).is_some(), "`{name}`");
         }
     }
-    Ok(Distillation::new(options, base, Some(&state), &CPU)?.on(engine))
+    Ok(Distillation::new(options, base, Start::State(&state), &CPU)?.on(engine))
 }
 
 #[test]
@@ -417,6 +417,36 @@ fn the_three_losses_match_pytorch_with_every_gradient() -> Result<()> {
             let what = format!("{role} by {engine:?}");
             compare_gradients(&what, &loss.backward()?, network, &golden, &format!("grad.{role}."))?;
         }
+    }
+    Ok(())
+}
+
+/// Critic updates after the first see what the generator, as it has become, makes of fresh noise.
+#[test]
+fn later_critic_updates_follow_the_generator() -> Result<()> {
+    let (base, golden) = (checkpoint("tiny-class")?, Golden::load("losses")?);
+    let options = options(&base)?;
+    for engine in ENGINES {
+        let mut work = distillation(&options, &base, &[&golden], engine)?;
+        let step = Step { golden: &golden, row: None };
+        let draws = step.generator()?;
+        let constants =
+            OneStep::new(&GeneratorConfig { t_gen: 440, input_scale: 1.0 }, &Schedule::new(&base.schedule))?;
+        let class = draws.input.class.clone();
+        let before = work.generator.one_step(&constants, &draws.input.z, class.as_ref())?;
+        let mut update = work.update_generator(&draws)?;
+        let after = work.generator.one_step(&constants, &draws.input.z, class.as_ref())?;
+        let moved = (&after - &before)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        ensure!(moved > 1e-3, "the generator did not move: {moved}");
+        let fresh = CriticDraws { input: Some(step.input("z", "class")?), ..step.critic()? };
+        update.fake = 0.0;
+        let got = work.critic_loss(&fresh, &mut update)?.to_scalar::<f32>()?;
+        update.x_gen = after.detach();
+        let expected = work.critic_loss(&step.critic()?, &mut update)?.to_scalar::<f32>()?;
+        update.x_gen = before.detach();
+        let stale = work.critic_loss(&step.critic()?, &mut update)?.to_scalar::<f32>()?;
+        ensure!((got - expected).abs() <= 1e-6 * expected, "{engine:?}: {got}, expected {expected}");
+        ensure!((stale - expected).abs() > 1e-5 * expected, "{engine:?}: cannot be told from {stale}");
     }
     Ok(())
 }

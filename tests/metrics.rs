@@ -10,9 +10,9 @@ use candle_core::{Device, Tensor};
 use dmd_core::card::{Base, Classes, GeneratorConfig, Provenance};
 use dmd_core::config::ModelConfig;
 use dmd_distill::checkpoint::Checkpoint;
-use dmd_distill::data::Split;
+use dmd_distill::data::{Dataset, Split};
 use dmd_distill::eval::inception::{self, Inception};
-use dmd_distill::eval::{Extractor, Pictures, Scorer, data_set};
+use dmd_distill::eval::{Extractor, Pictures, Scorer};
 use dmd_distill::metrics::Features;
 use dmd_distill::metrics::classes::{Predictions, total_variation};
 use dmd_distill::metrics::frechet::Gaussian;
@@ -153,9 +153,13 @@ fn changed(of: &Pictures, noise: f64, blurs: usize) -> Pictures {
     Pictures { bytes, ..of.clone() }
 }
 
+fn fashion(split: Split) -> Result<Dataset> {
+    Ok(Dataset::load("fashion-mnist", split, [1, 28, 28])?)
+}
+
 #[test]
 fn scores_get_worse_with_noise_and_blur() -> Result<()> {
-    let (train, test) = (data_set("fashion-mnist", Split::Train)?, data_set("fashion-mnist", Split::Test)?);
+    let (train, test) = (fashion(Split::Train)?, fashion(Split::Test)?);
     let reference = Pictures::balanced(&train, 1000)?;
     let real = Pictures::balanced(&test, 1000)?;
     let scorer = Scorer::new(Extractor::find("bundled", &Device::Cpu)?, &reference)?;
@@ -318,7 +322,7 @@ fn write_npy(path: &Path, shape: [usize; 4], values: &[f32]) -> Result<()> {
 #[test]
 fn images_of_a_file_are_scored() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let test = data_set("fashion-mnist", Split::Test)?;
+    let test = fashion(Split::Test)?;
     let place = |k: usize| (0..test.len()).filter(|i| usize::from(test.labels[*i]) == k % 10).nth(k / 10);
     let order: Vec<usize> = (0..100).filter_map(place).collect();
     let values: Vec<f32> = order
@@ -352,8 +356,9 @@ fn what_cannot_be_scored_is_refused() -> Result<()> {
     run_folder(folder.path())?;
     let eval = |args: &[&str]| distill(folder.path(), &[&["eval"], args].concat());
     refused(&eval(&["run", "--count", "64"])?, &["--count 64", "64 features", "hint: take at least 640"])?;
-    refused(&eval(&["run", "--data", "cifar"])?, &["no data set `cifar`", "hint:"])?;
-    refused(&eval(&["run", "--data", "run"])?, &["train-images-idx3-ubyte.gz"])?;
+    refused(&eval(&["run", "--data", "cifar"])?, &["`--data cifar`: there is no such folder", "hint:"])?;
+    refused(&eval(&["run", "--data", "run"])?, &["there is no data set in it", "train-images-idx3-ubyte"])?;
+    refused(&eval(&["run/teacher", "--undistilled", "--count", "70"])?, &["a generator and its teacher"])?;
     refused(&eval(&["run", "--features", "vgg"])?, &["no features `vgg`"])?;
     refused(&eval(&["run", "--features", "inception:none.pth"])?, &["cannot read `none.pth`"])?;
     fs::write(folder.path().join("some.safetensors"), [2, 0, 0, 0, 0, 0, 0, 0, b'{', b'}'])?;
@@ -375,9 +380,54 @@ fn what_cannot_be_scored_is_refused() -> Result<()> {
     let done = eval(&["lone/generator", "--count", "70", "--teacher", "none", "--json"])?;
     ensure!(done.code == Some(0) && done.stdout.contains("\"teacher\": null"), "{done:?}");
 
+    let mut digits = untrained(4, true, None)?;
+    digits.provenance.classes = Some(Classes {
+        count: 10,
+        names: (0..10).map(|digit| format!("digit {digit}")).collect(),
+        none: Some(10),
+    });
+    digits.save(&folder.path().join("digits/generator"))?;
+    refused(
+        &eval(&["digits/generator", "--count", "70", "--teacher", "none"])?,
+        &["draws digit 0 and others", "fashion-mnist knows", "--data DIR"],
+    )?;
+
     let fixture = dmd_tests::fixture("tiny-class");
     let fixture = fixture.to_str().context("the path is not UTF-8")?;
     refused(&eval(&[fixture, "--count", "70"])?, &["[1, 12, 12]", "[1, 28, 28]"])
+}
+
+/// Other images than Fashion-MNIST, of another size, judged by a classifier of their own.
+#[test]
+fn other_data_is_judged_by_a_classifier_of_its_own() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for (part, class) in [("train", 0u8), ("train", 1), ("test", 0), ("test", 1)] {
+        let inside = folder.path().join(format!("shapes/{part}/{}", ["bars", "dots"][usize::from(class)]));
+        fs::create_dir_all(&inside)?;
+        for i in 0..48u32 {
+            let bar = |x: u32, y: u32| if class == 0 { x % 4 < 2 } else { x % 4 < 2 && y % 4 < 2 };
+            let value = |x, y| image::Luma([if bar(x + i, y) { 200 + (i % 40) as u8 } else { 20 }]);
+            image::GrayImage::from_fn(12, 12, value).save(inside.join(format!("{i:02}.png")))?;
+        }
+    }
+    let line = "classifier --data shapes --shape 1x12x12 --out own --epochs 6 --batch 16 --seed 1";
+    let done = distill(folder.path(), &line.split(' ').collect::<Vec<_>>())?;
+    ensure!(done.code == Some(0), "{done:?}");
+    let card: Value = serde_json::from_slice(&fs::read(folder.path().join("own/card.json"))?)?;
+    ensure!(card["classes"] == json!(["bars", "dots"]) && card["name"] == "classifier", "{card}");
+    ensure!(card["metrics"]["test_accuracy"].as_f64().is_some_and(|share| share > 0.9), "{card}");
+    let fixture = dmd_tests::fixture("tiny-class");
+    let eval = |features: &str| {
+        let mut args = vec!["eval", fixture.to_str().context("the path is not UTF-8")?];
+        args.extend(["--data", "shapes", "--features", features]);
+        args.extend("--count 80 --steps 1 --json".split(' '));
+        distill(folder.path(), &args)
+    };
+    let done = eval("own")?;
+    let found: Value = serde_json::from_str(&done.stdout).with_context(|| format!("{done:?}"))?;
+    let [teacher, floor] = ["teacher", "floor"].map(|row| found[row]["frechet"].as_f64().unwrap_or(f64::NAN));
+    ensure!(teacher > 1.0 && floor.abs() < 1e-3, "{found}");
+    refused(&eval("bundled")?, &["[1, 12, 12]", "--data DIR --shape 1x12x12"])
 }
 
 #[test]

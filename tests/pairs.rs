@@ -146,10 +146,23 @@ fn classes_travel_with_the_pairs() -> Result<()> {
     let recipe = Recipe { pairs: Some(24), pair_steps: Some(2), ..Recipe::default() };
     let options = recipe.resolve("./base", &checkpoint)?.pairs(&checkpoint);
     let found = pairs::prepare(&cwd.join("pairs"), &options, &checkpoint, 24, &Device::Cpu)?;
+    let done = pairs_of(base.to_str().context("not UTF-8")?, cwd, "24", "pairs", &["--steps", "2"])?;
+    ensure!(done.code == Some(0), "the same base by another path: {done:?}");
     let (_, _, class) = found.batch(&[0, 9, 12], &Device::Cpu)?;
     ensure!(class.context("no classes")?.to_vec1::<u32>()? == [1, 0, 3], "the shard's classes are not read");
     card(9)?;
     refused(&pairs_of("./base", cwd, "24", "pairs", &["--steps", "2"])?, &["pairs.json", "other classes"])?;
+    card(10)?;
+    let schedule = base.join("scheduler_config.json");
+    let right = read_text(&schedule)?;
+    fs::write(&schedule, right.replacen("0.0001", "0.0002", 1))?;
+    ensure!(read_text(&schedule)? != right, "the schedule is the same");
+    refused(&pairs_of("./base", cwd, "24", "pairs", &["--steps", "2"])?, &["pairs.json", "another base"])?;
+    fs::write(&schedule, right)?;
+    let guided = ["--steps", "2", "--guidance", "2"];
+    fs::write(base.join("card.json"), r#"{"name":"x","classes":{"count":10}}"#)?;
+    refused(&pairs_of("./base", cwd, "24", "guided", &guided)?, &["guidance"])?;
+    ensure!(!cwd.join("guided").exists(), "a refused call left a folder");
     card(10)?;
     fs::write(&shard, safetensors::serialize([("y", &y)], None)?)?;
     refused(&pairs_of("./base", cwd, "24", "pairs", &["--steps", "2"])?, &["shard-00000", "`class` below 10"])

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use dmd_tests::{Finished, binary, fixture, read_text, run_bin};
+use image::{GrayImage, Luma};
 
 const FILES: [&str; 4] =
     ["run.json", "stats.jsonl", "generator/model.safetensors", "checkpoints/state.safetensors"];
@@ -60,6 +61,114 @@ fn a_resumed_run_equals_an_uninterrupted_one() -> Result<()> {
     let done = distill(folder.path(), &["--resume", "parts", "--train-steps", "4"])?;
     ensure!(done.code == Some(0), "{done:?}");
     same(folder.path(), ["whole", "parts"])
+}
+
+/// With a learning rate that makes samples collapse: stopped before the first return to healthy weights, and after it.
+#[test]
+fn a_run_that_rolls_back_is_continued_alike() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let run = |out: &str, steps: &str| -> Result<Finished> {
+        let mut args = small(out, steps)?;
+        args.extend(["--lr", "2e-3", "--eval-every", "2"].map(str::to_owned));
+        run_bin("dmd-distill", folder.path(), args)
+    };
+    let whole = run("whole", "40")?;
+    let rolled_back = |done: &Finished| done.stderr.matches("going back to the weights of step").count();
+    ensure!(whole.code == Some(0) && rolled_back(&whole) == 4, "{whole:?}");
+    ensure!(whole.stderr.contains("the samples collapsed 4 times"), "{whole:?}");
+    let stats = read_text(&folder.path().join("whole/stats.jsonl"))?;
+    let steps = stats.lines().count();
+    ensure!(steps < 40, "it did not end early: {steps}");
+    let card = read_text(&folder.path().join("whole/generator/card.json"))?;
+    let card: serde_json::Value = serde_json::from_str(&card)?;
+    ensure!(card["training"]["steps"].as_u64().is_some_and(|step| step < steps as u64), "{card}");
+    for (out, first) in [("early", "5"), ("late", "9")] {
+        let before = run(out, first)?;
+        ensure!(before.code == Some(0), "{before:?}");
+        let after = distill(folder.path(), &["--resume", out, "--train-steps", "40"])?;
+        ensure!(after.code == Some(0) && rolled_back(&before) + rolled_back(&after) == 4, "{after:?}");
+        same(folder.path(), ["whole", out])?;
+    }
+    Ok(())
+}
+
+/// Real images of 12 by 12 pixels in a folder per class.
+fn pictures(folder: &Path) -> Result<()> {
+    for class in 0..3u8 {
+        let inside = folder.join(format!("train/class-{class}"));
+        fs::create_dir_all(&inside)?;
+        for i in 0..4u8 {
+            let picture = GrayImage::from_fn(12, 12, |x, y| Luma([40 * class + 9 * i + (x * y % 30) as u8]));
+            picture.save(inside.join(format!("{i}.png")))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn dmd2_goes_the_whole_way_and_is_continued_alike() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    pictures(&folder.path().join("faces"))?;
+    let run = |cwd: &Path, out: &str, steps: &str, more: &[&str]| -> Result<Finished> {
+        let base = fixture("tiny-class");
+        let line = "--method dmd2 --data faces --batch 4 --fake-updates 2 --eval-every 2 --save-every 2 --device cpu";
+        let mut args = vec!["--base", base.to_str().context("the path is not UTF-8")?];
+        args.extend(["--out", out, "--train-steps", steps]);
+        args.extend(line.split_whitespace().chain(more.iter().copied()));
+        run_bin("dmd-distill", cwd, args)
+    };
+    for (out, steps) in [("whole", "4"), ("parts", "2")] {
+        let done = run(folder.path(), out, steps, &[])?;
+        ensure!(done.code == Some(0), "{done:?}");
+    }
+    let stats = read_text(&folder.path().join("whole/stats.jsonl"))?;
+    let line: serde_json::Value = serde_json::from_str(stats.lines().last().context("no statistics")?)?;
+    for loss in ["adversarial", "discrimination", "dm", "fake"] {
+        ensure!(line[loss].as_f64().is_some_and(|loss| loss > 0.0), "{loss}: {line}");
+    }
+    ensure!(line["reg"] == 0.0 && !folder.path().join("pairs").exists(), "there were pairs: {line}");
+    // From another folder: the run knows where its images are.
+    let elsewhere = tempfile::tempdir()?;
+    let run_folder = folder.path().join("parts");
+    let resume = ["--resume", run_folder.to_str().context("the path is not UTF-8")?, "--train-steps", "4"];
+    let done = distill(elsewhere.path(), &resume)?;
+    ensure!(done.code == Some(0), "{done:?}");
+    same(folder.path(), ["whole", "parts"])?;
+
+    // A second stage begins with what the first ended with.
+    run_small(folder.path(), "first", "4")?;
+    for (out, steps) in [("second", "4"), ("second-parts", "2")] {
+        let done = run(folder.path(), out, steps, &["--init", "first"])?;
+        ensure!(done.code == Some(0), "{done:?}");
+    }
+    let sheet = |place: &str| fs::read(folder.path().join(place));
+    let base = sheet("first/samples/step-000000.png")?;
+    ensure!(
+        sheet("second/samples/step-000000.png")? == sheet("first/samples/step-000004.png")?,
+        "another start"
+    );
+    ensure!(sheet("second/samples/step-000000.png")? != base, "the first stage changed nothing");
+    let done = distill(folder.path(), &["--resume", "second-parts", "--train-steps", "4"])?;
+    ensure!(done.code == Some(0), "{done:?}");
+    same(folder.path(), ["second", "second-parts"])?;
+    refused(
+        &run(folder.path(), "run", "1", &["--init", "first", "--t-gen", "last"])?,
+        &["first", "another base, `--t-gen` or `--input-scale`"],
+    )?;
+    refused(&run(folder.path(), "run", "1", &["--init", "nowhere"])?, &["nowhere", "run.json"])?;
+
+    let flat = folder.path().join("flat/train");
+    fs::create_dir_all(&flat)?;
+    fs::copy(folder.path().join("faces/train/class-0/0.png"), flat.join("0.png"))?;
+    let args = small("run", "1")?;
+    let wrong = |extra: &[&str]| {
+        let all: Vec<&str> = args.iter().map(String::as_str).chain(extra.iter().copied()).collect();
+        distill(folder.path(), &all)
+    };
+    refused(&wrong(&["--gan-weight", "0.1", "--data", "flat"])?, &["the images have none", "sub-folder"])?;
+    refused(&wrong(&["--data", "faces"])?, &["only the adversarial loss", "--method dmd2"])?;
+    ensure!(!folder.path().join("run").exists(), "a run was begun");
+    Ok(())
 }
 
 /// Killed before the first file, and as soon as it has saved a state, again and again; continued each time.

@@ -14,7 +14,7 @@ use dmd_core::noise;
 use dmd_distill::base;
 use dmd_distill::cpu::{self, CpuOps, Value};
 use dmd_distill::device::quiet_candle_threads;
-use dmd_distill::distillation::{Distillation, Material};
+use dmd_distill::distillation::{Distillation, Material, Start};
 use dmd_distill::ops::Error;
 use dmd_distill::options::Recipe;
 use dmd_distill::pairs;
@@ -164,7 +164,7 @@ fn dmd_update(c: &mut Criterion) {
     let pairs = pairs::prepare(folder.path(), &options.pairs(&checkpoint), &checkpoint, BATCH, &Device::Cpu)
         .expect("pairs");
     let material = Material { pairs: Some(pairs), real: None };
-    let mut work = Distillation::new(&options, &checkpoint, None, &Device::Cpu).expect("networks");
+    let mut work = Distillation::new(&options, &checkpoint, Start::Base, &Device::Cpu).expect("networks");
     let mut step = 0;
     c.bench_function("DMD update of ddpm-fashion, batch 64", |bench| {
         bench.iter(|| {

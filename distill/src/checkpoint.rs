@@ -11,6 +11,7 @@ use dmd_core::net::{OneStep, shapes};
 use dmd_core::schedule::{Schedule, ScheduleConfig};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::json;
 
 use crate::error::{Error, Result};
 use crate::files;
@@ -169,6 +170,11 @@ impl Checkpoint {
                 Err(Error::Request(format!("`{}` is a base, not a one-step generator", self.provenance.name)))
             }
         }
+    }
+
+    /// SHA-256 of configuration and schedule, which say what the weights mean.
+    pub fn description_sha256(&self) -> String {
+        files::sha256(json!([self.config, self.schedule]).to_string().as_bytes())
     }
 
     /// Number of classes to draw from, if the model is conditional: the card's, else all rows of the table.

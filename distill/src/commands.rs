@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::network::{Guidance, Network};
 use crate::options::{DistillArgs, PairsArgs, Recipe, SampleArgs};
 use crate::pairs::{self, PairsOptions, Share};
+use crate::regression::Regression;
 use crate::report::TEACHER_STEPS;
 use crate::run::{Run, images, save_grid};
 use crate::sampler::{self, Request, Sampling, one_step};
@@ -62,9 +63,10 @@ pub fn distill(args: DistillArgs) -> Result<()> {
     let target = device::parse(&args.device)?;
     if let Some(folder) = &args.resume {
         let allowed = Recipe { train_steps: args.recipe.train_steps, ..Recipe::default() };
-        if args.base.is_some() || args.out.is_some() || args.config.is_some() || args.recipe != allowed {
+        let others = [&args.out, &args.config, &args.init].iter().any(|option| option.is_some());
+        if args.base.is_some() || others || args.recipe != allowed {
             return Err(Error::Request(
-                "`--resume` takes its options from the run; only `--train-steps` and `--device` go with it"
+                "`--resume` takes its options from the run; only `--train-steps`, `--device` and `--dry-run` go with it"
                     .into(),
             ));
         }
@@ -100,14 +102,23 @@ pub fn distill(args: DistillArgs) -> Result<()> {
     };
     let file = args.config.as_deref().map(Recipe::find).transpose()?.unwrap_or_default();
     let preset = preset.map(base::Preset::recipe).transpose()?.unwrap_or_default();
-    let options = args.recipe.or(file).or(preset).resolve(&name, &checkpoint)?;
+    let asked = args.recipe.or(file);
+    let preset = preset.beside(&asked);
+    let mut options = asked.or(preset).resolve(&name, &checkpoint)?;
     if args.dry_run {
         return estimate(&options, &checkpoint, &target);
     }
     options.check_material(&checkpoint)?;
+    let init = args.init.as_deref().map(|folder| train::initial(folder, &options)).transpose()?;
+    options.init = args.init;
     let run_name = Path::new(&name).file_name().map_or("run".into(), |n| n.to_string_lossy());
-    let keep_teacher = |folder: &Path| checkpoint.save(&folder.join("teacher"));
-    let run = Run::create(args.out.as_deref(), &run_name, &options, keep_teacher)?;
+    let prepare = |folder: &Path| {
+        if let Some(init) = &init {
+            Run::save_init(folder, init)?;
+        }
+        checkpoint.save(&folder.join("teacher"))
+    };
+    let run = Run::create(args.out.as_deref(), &run_name, &options, prepare)?;
     run_distillation(&run, &options, &target)
 }
 
@@ -157,21 +168,20 @@ fn estimate(options: &DistillOptions, base: &Checkpoint, target: &Device) -> Res
         network.predict(&z, &t, class.as_ref())?.sum_all()?.to_scalar::<f32>()?;
         seconds = seconds.min(started.elapsed().as_secs_f64() / MEASURED as f64);
     }
-    let regression = if options.pairs > 0 { 3 } else { 0 };
-    let guided = u64::from(options.guidance != 1.0);
-    let passes = 5 + guided + regression + 3 * options.fake_updates + options.fake_updates - 1;
-    let training = options.train_steps as f64 * options.batch as f64 * passes as f64 * seconds;
-    let per_step = (1 + guided) as f64 * if options.pair_sampler == Sampler::Heun { 2.0 } else { 1.0 };
+    let guided = f64::from(u8::from(options.guidance != 1.0));
+    let cost = cost(options, base, &summary, guided)?;
+    let passes = cost.passes;
+    let training = options.train_steps as f64 * options.batch as f64 * passes * seconds;
+    let per_step = (1.0 + guided) * if options.pair_sampler == Sampler::Heun { 2.0 } else { 1.0 };
     let pairs = options.pairs as f64 * options.pair_steps as f64 * per_step * seconds;
-    let passes_kept = if options.pairs > 0 { 2 } else { 1 };
-    let [program, weights, activations] = memory(&summary, passes_kept * options.batch, target.is_cpu());
+    let [program, weights, activations] = memory(&summary, cost.kept * options.batch as f64, target.is_cpu());
     let grids = options.train_steps.div_ceil(options.sample_every) as f64 * options.samples as f64;
     let pictures = (grids + options.samples.min(20) as f64 * TEACHER_STEPS as f64) * seconds;
     eprintln!(
         "parameters {}, {} million multiply-adds per image\n\
          memory about {:.1} GB: {:.1} for weights, moments, averages and copies, {:.1} for a batch on its way back\n\
          one image through the network: {:.2} ms on {}\n\
-         time about {}: pairs {}, training {} ({passes} network passes per image and update), pictures {}",
+         time about {}: pairs {}, training {} ({passes:.0} network passes per image and update), pictures {}",
         summary.parameter_count(),
         summary.total_macs() / 1_000_000,
         program + weights + activations,
@@ -187,16 +197,46 @@ fn estimate(options: &DistillOptions, base: &Checkpoint, target: &Device) -> Res
     Ok(())
 }
 
+/// What an update costs per image of its batch, in passes of one image through the base's network.
+struct Cost {
+    /// Passes; one on the way back counts as two.
+    passes: f64,
+    /// Passes whose values are kept at the same time.
+    kept: f64,
+}
+
+/// A generator update and the critic updates that follow it. The discriminator sees half of a network.
+fn cost(options: &DistillOptions, base: &Checkpoint, summary: &shapes::Summary, guided: f64) -> Result<Cost> {
+    let (mut generator, mut generator_kept, mut critic, mut critic_kept) = (0.0, 0.0, 0.0, 0.0);
+    let updates = options.fake_updates as f64;
+    if options.has_critic() {
+        let matching = if options.dm_weight > 0.0 { 2.0 + guided } else { 0.0 };
+        (generator, generator_kept) = (3.0 + matching, 1.0);
+        (critic, critic_kept) = (3.0 * updates + (updates - 1.0), 1.0);
+    }
+    if options.gan_weight > 0.0 {
+        (generator, generator_kept) = (generator + 1.0, generator_kept + 0.5);
+        (critic, critic_kept) = (critic + 3.0 * updates, critic_kept + 1.0);
+    }
+    if options.pairs > 0 {
+        let (shape, range) = (base.config.image_shape(), base.config.range());
+        let (multiply_adds, kept) = Regression::load(&options.reg, shape, range, &Device::Cpu)?.cost()?;
+        generator += 3.0 + 3.0 * multiply_adds as f64 / summary.total_macs().max(1) as f64;
+        generator_kept += 1.0 + kept as f64 / summary.activations.max(1) as f64;
+    }
+    Ok(Cost { passes: generator + critic, kept: generator_kept.max(critic_kept) })
+}
+
 /// Gigabytes of the program, of everything as large as the weights, and of `images` on their way back.
 ///
 /// Three networks, an average and two moments of two networks are 8 sets of weights, their gradients 2. The CPU engine
 /// flattens all parameters for each pass and collects their gradients, and a state is put together in memory before it is
 /// written: 16 more, measured (peak resident size of ddpm-mnist, where weights outweigh the rest).
-fn memory(summary: &shapes::Summary, images: usize, cpu: bool) -> [f64; 3] {
+fn memory(summary: &shapes::Summary, images: f64, cpu: bool) -> [f64; 3] {
     let (program, sets) = if cpu { (0.13, 26.0) } else { (0.0, 10.0) };
     let gigabytes = |values: f64| values * 4e-9;
     let weights = gigabytes(sets * summary.parameter_count() as f64);
-    [program, weights, gigabytes(images as f64 * summary.activations as f64)]
+    [program, weights, gigabytes(images * summary.activations as f64)]
 }
 
 fn duration(seconds: f64) -> String {
@@ -335,7 +375,7 @@ mod tests {
             ("ddpm-mnist", 4, 0.873),
         ] {
             let summary = shapes::summarise(&base::preset(name)?.config()?)?;
-            let estimated: f64 = memory(&summary, 2 * batch, true).iter().sum();
+            let estimated: f64 = memory(&summary, 2.0 * f64::from(batch), true).iter().sum();
             let ratio = estimated / measured;
             assert!((0.8..1.25).contains(&ratio), "{name}, {batch}: got {estimated:.3}, expected {measured}");
         }

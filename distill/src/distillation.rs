@@ -5,17 +5,17 @@
 
 use candle_core::{Device, Tensor};
 use dmd_core::card::GeneratorConfig;
-use dmd_core::net::OneStep;
+use dmd_core::net::{OneStep, discriminator};
 use dmd_core::schedule::Schedule;
 
 use crate::checkpoint::Checkpoint;
 pub use crate::draws::Material;
-use crate::draws::{CriticDraws, Dice, GeneratorDraws, Noise, RealBatch};
+use crate::draws::{CriticDraws, Dice, GeneratorDraws, Input, Noise, RealBatch};
 use crate::error::Result;
 use crate::losses::{self, NoiseLevels};
 use crate::network::{Engine, Guidance, Network, Tensors, initial_discriminator};
 use crate::optimiser::{AdamW, AdamWConfig};
-use crate::regression::Regression;
+use crate::regression::{Distance, Regression};
 use crate::teacher::part;
 use crate::train::DistillOptions;
 
@@ -49,7 +49,7 @@ pub struct Update {
     pub x_gen: Tensor,
     /// Their classes.
     pub class: Option<Tensor>,
-    /// Distribution matching loss.
+    /// Distribution matching loss; 0 without it.
     pub dm: f64,
     /// Regression loss, before its weight; 0 without pairs.
     pub reg: f64,
@@ -66,40 +66,53 @@ pub struct Update {
 }
 
 impl Update {
-    fn new(x_gen: Tensor, class: Option<Tensor>, dm: f64) -> Self {
-        let (reg, adversarial, norm) = (0.0, 0.0, 0.0);
+    fn new(x_gen: Tensor, class: Option<Tensor>) -> Self {
+        let (dm, reg, adversarial, norm) = (0.0, 0.0, 0.0, 0.0);
         let (fake, discrimination, fake_norm) = (0.0, 0.0, 0.0);
         Self { x_gen, class, dm, reg, adversarial, norm, fake, discrimination, fake_norm }
     }
 }
 
+/// Where a distillation starts.
+#[derive(Clone, Copy)]
+pub enum Start<'a> {
+    /// Generator and critic are the base.
+    Base,
+    /// `generator.NAME` and `fake.NAME` of another run: a second stage, as DMD2 trains longest.
+    Stage(&'a Tensors),
+    /// What [`Distillation::state`] gave, with the optimisers' moments.
+    State(&'a Tensors),
+}
+
 impl<'a> Distillation<'a> {
-    /// Starts from the base, or from a saved state.
+    /// Starts from the base, from another run, or from a saved state.
     pub fn new(
         options: &'a DistillOptions,
         base: &Checkpoint,
-        saved: Option<&Tensors>,
+        start: Start,
         device: &Device,
     ) -> Result<Self> {
         let schedule = Schedule::new(&base.schedule);
         let config = GeneratorConfig { t_gen: options.t_gen, input_scale: options.input_scale };
-        let (first, critic) = match saved {
-            Some(tensors) => (part(tensors, "generator.")?, part(tensors, "fake.")?),
-            None => {
-                let mut critic = base.tensors.clone();
-                if options.gan_weight > 0.0 {
-                    critic.extend(initial_discriminator(&base.config, options.seed)?);
-                }
-                (base.tensors.clone(), critic)
+        let (first, mut critic) = match start {
+            Start::State(tensors) | Start::Stage(tensors) => {
+                (part(tensors, "generator.")?, part(tensors, "fake.")?)
             }
+            Start::Base => (base.tensors.clone(), base.tensors.clone()),
         };
+        let has_head = critic.keys().any(|name| name.starts_with(discriminator::PREFIX));
+        if options.gan_weight == 0.0 {
+            critic.retain(|name, _| !name.starts_with(discriminator::PREFIX));
+        } else if !has_head {
+            critic.extend(initial_discriminator(&base.config, options.seed)?);
+        }
         let generator = Network::trainable(&base.config, &first, device)?;
         let fake = Network::trainable(&base.config, &critic, device)?;
         let clip = if options.clip == 0.0 { f64::INFINITY } else { options.clip };
         let adam = |lr: f64| AdamWConfig { clip, ..AdamWConfig::new(lr, options.warmup) };
         let mut generator_optimiser = AdamW::new(adam(options.lr), generator.variables())?;
         let mut fake_optimiser = AdamW::new(adam(options.lr_fake), fake.variables())?;
-        if let Some(tensors) = saved {
+        if let Start::State(tensors) = start {
             generator_optimiser.load("generator_optimiser", generator.variables(), tensors)?;
             fake_optimiser.load("fake_optimiser", fake.variables(), tensors)?;
         }
@@ -119,7 +132,7 @@ impl<'a> Distillation<'a> {
             dice,
             guidance: Guidance::new(options.guidance, base.provenance.classes.as_ref())?,
             regression: Regression::load(
-                &options.reg,
+                if options.pairs > 0 { &options.reg } else { &Distance::L2 },
                 base.config.image_shape(),
                 base.config.range(),
                 device,
@@ -148,7 +161,7 @@ impl<'a> Distillation<'a> {
     /// One update of the generator and those of the critic that follow it.
     pub fn update(&mut self, step: u64, material: &Material) -> Result<Update> {
         let mut update = self.update_generator(&self.dice.generator(step, material)?)?;
-        for k in 0..self.options.fake_updates {
+        for k in 0..if self.options.has_critic() { self.options.fake_updates } else { 0 } {
             self.update_critic(&self.dice.critic(step, k, material)?, &mut update)?;
         }
         Ok(update)
@@ -171,27 +184,34 @@ impl<'a> Distillation<'a> {
     /// What the generator minimises: distribution matching on fresh noise, regression on pairs, DMD2's adversarial loss.
     pub fn generator_loss(&self, draws: &GeneratorDraws) -> Result<(Tensor, Update)> {
         let (o, class) = (self.options, draws.input.class.as_ref());
-        let x_gen = self.generator.one_step(&self.one_step, &draws.input.z, class)?;
-        let detached = x_gen.detach();
-        let gradient = self.matching_gradient(&detached, class, &draws.matching)?;
-        let dm = losses::distribution_matching(&x_gen, &gradient)?;
-        let mut update = Update::new(detached, class.cloned(), scalar(&dm)?);
-        let mut loss = (dm * o.dm_weight)?;
-        if let Some(pairs) = &draws.pairs {
-            let x_ref =
-                self.generator.one_step(&self.one_step, &pairs.input.z, pairs.input.class.as_ref())?;
-            let regression = self.regression.loss(&x_ref, &pairs.y)?;
+        let generate =
+            |input: &Input| self.generator.one_step(&self.one_step, &input.z, input.class.as_ref());
+        let x_ref = draws.pairs.as_ref().map(|pairs| generate(&pairs.input)).transpose()?;
+        let x_gen = match (&x_ref, o.has_critic()) {
+            (Some(x_ref), false) => x_ref.clone(),
+            _ => generate(&draws.input)?,
+        };
+        let mut update = Update::new(x_gen.detach(), class.cloned());
+        let mut terms = Vec::new();
+        if o.dm_weight > 0.0 {
+            let gradient = self.matching_gradient(&update.x_gen, class, &draws.matching)?;
+            let dm = losses::distribution_matching(&x_gen, &gradient)?;
+            update.dm = scalar(&dm)?;
+            terms.push((dm * o.dm_weight)?);
+        }
+        if let (Some(pairs), Some(x_ref)) = (&draws.pairs, &x_ref) {
+            let regression = self.regression.loss(x_ref, &pairs.y)?;
             update.reg = scalar(&regression)?;
-            loss = (loss + (regression * o.lambda_reg)?)?;
+            terms.push((regression * o.lambda_reg)?);
         }
         if let Some(noise) = &draws.adversarial {
             let levels = self.levels(noise)?;
             let x_t = levels.noisy(&x_gen, &noise.eps)?;
             let adversarial = losses::adversarial(&self.judge.logit(&x_t, &levels.t, class)?)?;
             update.adversarial = scalar(&adversarial)?;
-            loss = (loss + (adversarial * o.gan_weight)?)?;
+            terms.push((adversarial * o.gan_weight)?);
         }
-        Ok((loss, update))
+        Ok((Tensor::stack(&terms, 0)?.sum_all()?, update))
     }
 
     fn levels(&self, noise: &Noise) -> Result<NoiseLevels> {

@@ -158,11 +158,12 @@ impl Dice<'_> {
         Ok(Noise { t, eps: random.normal_tensor(&[count, c, h, w], &self.device)? })
     }
 
-    /// First and last but one of the steps at which distributions are matched.
+    /// First of the steps at which distributions are matched, and the one after the last.
     fn matching_steps(&self) -> [usize; 2] {
         let total = self.steps as f64;
         let [from, to] =
             [self.options.t_min, self.options.t_max].map(|share| (share * total).round() as usize);
-        [from, to.max(from + 1)]
+        let from = from.min(self.steps - 1);
+        [from, to.clamp(from + 1, self.steps)]
     }
 }

@@ -23,6 +23,19 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     sync(folder)
 }
 
+/// Replaces `to` by what is in `from`, without copying it where the file system can share it. `from` may be replaced
+/// afterwards, but must not be written into.
+pub fn copy(from: &Path, to: &Path) -> Result<()> {
+    let beside = to.with_extension("copy");
+    let _ = fs::remove_file(&beside);
+    if fs::hard_link(from, &beside).is_err() {
+        return write(to, &read(from)?);
+    }
+    fs::rename(&beside, to).map_err(Error::file("write", to))?;
+    let _ = fs::remove_file(&beside); // renaming one name of a file onto another does nothing
+    sync(to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+}
+
 /// Makes renames in a folder durable, where folders can be opened.
 #[cfg(unix)]
 fn sync(folder: &Path) -> Result<()> {

@@ -46,11 +46,11 @@ pub struct Monitor {
 pub enum Verdict {
     /// Go on.
     Fine,
-    /// Go on, and keep this state: it is the best.
+    /// Go on, and keep this state: it is the best, or without a metric the last that looked healthy.
     Best,
     /// Go on, and tell the user what is wrong.
     Alarm(String),
-    /// Go back to the best state.
+    /// Go back to the state that was kept.
     Rollback(String),
 }
 
@@ -110,12 +110,14 @@ impl Monitor {
             None => {
                 self.alarms = 0;
                 self.healthy = true;
-                let better = metric.is_some_and(|now| self.best.is_none_or(|(best, _)| now < best));
-                if let (true, Some(now)) = (better, metric) {
-                    self.best = Some((now, step));
-                    return Verdict::Best;
+                match (metric, self.best) {
+                    (None, _) => Verdict::Best,
+                    (Some(now), Some((best, _))) if now >= best => Verdict::Fine,
+                    (Some(now), _) => {
+                        self.best = Some((now, step));
+                        Verdict::Best
+                    }
                 }
-                Verdict::Fine
             }
             Some(_) if !self.healthy => Verdict::Fine,
             Some(problem) => {
@@ -169,7 +171,7 @@ mod tests {
     #[test]
     fn one_bad_look_is_forgotten() {
         let (mut m, good) = (monitor(), Look { brightness: 0.32, contrast: 0.29, diversity: 0.19 });
-        assert_eq!(m.judge(1, &good, None), Verdict::Fine);
+        assert_eq!(m.judge(1, &good, None), Verdict::Best, "without a metric, every healthy look");
         for (step, bad) in [
             Look { brightness: 0.6, ..good },
             Look { contrast: 0.1, ..good },
@@ -179,7 +181,7 @@ mod tests {
         .enumerate()
         {
             assert!(matches!(m.judge(step as u64, &bad, None), Verdict::Alarm(_)), "{bad:?}");
-            assert_eq!(m.judge(step as u64, &good, None), Verdict::Fine);
+            assert_eq!(m.judge(step as u64, &good, None), Verdict::Best);
         }
         assert_eq!(m.rollbacks, 0);
     }

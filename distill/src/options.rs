@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer};
 use crate::base;
 use crate::checkpoint::Checkpoint;
 use crate::classifier::ClassifierArgs;
+use crate::data;
 use crate::error::{Error, Result};
 use crate::eval::EvalArgs;
 use crate::files;
@@ -50,7 +51,9 @@ const RECIPES: [(&str, &str); 4] =
     arg_required_else_help = true
 )]
 #[command(
-    after_help = "Example:\n  dmd-distill --base ddpm-fashion --train-steps 300\n  dmd-export model.onnx\n  dmd-run"
+    after_help = "Example:\n  dmd-distill --base ddpm-fashion --config demo    # a few minutes; without --config the real thing, about an hour\n  \
+                  dmd-distill eval runs/ddpm-fashion-001 --count 2000\n  dmd-export model.onnx\n  dmd-run model.onnx\n\n\
+                  A preset's own settings replace the defaults above; --dry-run shows what results and what it costs."
 )]
 pub struct Cli {
     /// What to do instead of a whole distillation.
@@ -89,12 +92,15 @@ pub struct DistillArgs {
     /// ddpm-celeba's network, or a model of the Hugging Face hub
     #[arg(long, value_name = "NAME|DIR|FILE|ORG/REPO[@REVISION]")]
     pub base: Option<String>,
-    /// Continue the run in this folder; only --train-steps and --device may be given with it
+    /// Continue the run in this folder; only --train-steps, --device and --dry-run may be given with it
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
     /// Run folder to create [default: the next free runs/BASE-NNN]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Finished run whose generator and critic this one starts from, instead of from the base: a second stage with other losses
+    #[arg(long, value_name = "RUN")]
+    pub init: Option<PathBuf>,
     /// TOML file with any of the options below, or a built-in recipe (demo, seeds-mnist, seeds-celeba, seeds-cifar10); flags
     /// win over it
     #[arg(long, value_name = "FILE|RECIPE")]
@@ -143,7 +149,8 @@ pub struct Recipe {
     /// Updates over which both learning rates grow to their value [default: 50]
     #[arg(long, value_name = "N")]
     pub warmup: Option<u64>,
-    /// Number of noise-image pairs; 0 trains without the regression loss [default: 1024; dmd2: 0]
+    /// Number of noise-image pairs; 0 trains without the regression loss, whose weight must be 0 too [default: 1024; 0
+    /// where the regression has no weight]
     #[arg(long, value_name = "N")]
     pub pairs: Option<usize>,
     /// Steps per pair [default: 50]
@@ -225,8 +232,8 @@ pub struct Recipe {
 /// A pre-computation of pairs.
 #[derive(Clone, Debug, Args)]
 pub struct PairsArgs {
-    /// Base: a preset or a folder in diffusers layout
-    #[arg(long, value_name = "NAME|DIR")]
+    /// Base: anything that `dmd-distill --base` takes
+    #[arg(long, value_name = "NAME|DIR|FILE|ORG/REPO")]
     pub base: String,
     /// Number of pairs
     #[arg(long, value_name = "N")]
@@ -257,8 +264,8 @@ pub struct PairsArgs {
 /// A grid of samples.
 #[derive(Clone, Debug, Args)]
 pub struct SampleArgs {
-    /// Checkpoint folder, run folder, or preset
-    #[arg(value_name = "DIR|NAME")]
+    /// Checkpoint folder, run folder, or anything that `dmd-distill --base` takes
+    #[arg(value_name = "DIR|NAME|FILE|ORG/REPO")]
     pub model: String,
     /// Steps: 1 for a generator, more for a base [default: 1 or 50]
     #[arg(long, value_name = "N")]
@@ -342,6 +349,13 @@ impl Recipe {
         }
     }
 
+    /// A preset's settings beside what the user asked for: those of pairs and regression belong to DMD with both.
+    pub fn beside(self, asked: &Self) -> Self {
+        let regression = asked.method != Some(Method::Dmd2) && asked.lambda_reg != Some(0.0);
+        let (pairs, lambda_reg) = if regression { (self.pairs, self.lambda_reg) } else { (None, None) };
+        Self { pairs, lambda_reg, ..self }
+    }
+
     /// Fills in the defaults for a base and checks the result.
     pub fn resolve(self, name: &str, base: &Checkpoint) -> Result<DistillOptions> {
         let schedule = Schedule::new(&base.schedule);
@@ -351,7 +365,8 @@ impl Recipe {
             Method::Dmd2 => (if self.pairs.is_some_and(|n| n > 0) { 0.25 } else { 0.0 }, 3e-3),
         };
         let lambda_reg = self.lambda_reg.unwrap_or(lambda_reg);
-        let pairs = self.pairs.unwrap_or(if lambda_reg == 0.0 { 0 } else { 1024 });
+        let gan_weight = self.gan_weight.unwrap_or(gan_weight);
+        let pairs = if lambda_reg == 0.0 { 0 } else { self.pairs.unwrap_or(1024) };
         let pair_steps = self.pair_steps.unwrap_or(50.min(schedule.num_train_timesteps()));
         let seed = self.seed.unwrap_or(1);
         let lr = self.lr.unwrap_or(2e-4);
@@ -363,10 +378,17 @@ impl Recipe {
         let options = DistillOptions {
             command: "distill".to_owned(),
             base: name.to_owned(),
+            init: None,
             base_sha256: base.sha256.clone(),
             method,
             data: match self.data {
-                Some(data) => Some(data),
+                Some(_) if gan_weight == 0.0 => {
+                    return Err(Error::Request(
+                        "only the adversarial loss needs `--data`\n\nhint: add `--method dmd2` or a `--gan-weight`"
+                            .into(),
+                    ));
+                }
+                Some(data) => Some(data::absolute(data)?),
                 None => base::find(name).map(base::Preset::teacher_recipe).transpose()?.and_then(|r| r.data),
             },
             dm_weight: self.dm_weight.unwrap_or(1.0),
@@ -374,7 +396,7 @@ impl Recipe {
             t_min: self.t_min.unwrap_or(0.02),
             t_max: self.t_max.unwrap_or(0.98),
             reg: self.reg.unwrap_or(Distance::L2).absolute()?,
-            gan_weight: self.gan_weight.unwrap_or(gan_weight),
+            gan_weight,
             gan_weight_fake: self.gan_weight_fake.unwrap_or(1e-2),
             pairs_dir: std::path::absolute(&pairs_dir).map_err(Error::file("find", &pairs_dir))?,
             pairs,

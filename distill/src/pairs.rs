@@ -36,6 +36,9 @@ pub struct PairsOptions {
     pub base: String,
     /// SHA-256 of its weights.
     pub base_sha256: String,
+    /// SHA-256 of its configuration and schedule.
+    #[serde(default)]
+    pub model_sha256: String,
     /// Sampler, its spacing and treatment of `x0`.
     pub sampler: String,
     /// Steps per image.
@@ -109,6 +112,7 @@ impl PairsOptions {
         Self {
             base: name.to_owned(),
             base_sha256: base.sha256.clone(),
+            model_sha256: base.description_sha256(),
             sampler: format!("{sampler}-trailing{clip}"),
             steps,
             guidance,
@@ -125,7 +129,8 @@ impl PairsOptions {
         }
         let found: Self = serde_json::from_slice(&files::read(&description)?)
             .map_err(|e| Error::content(&description, e))?;
-        if found == *self {
+        // The same base may have been named by another path.
+        if (Self { base: self.base.clone(), ..found }) == *self {
             return Ok(());
         }
         Err(Error::content(
@@ -159,9 +164,11 @@ pub fn prepare(
     count: usize,
     device: &Device,
 ) -> Result<Pairs> {
-    let shards = compute(folder, options, base, count, Share::ALL, device)?;
-    let y: Vec<Tensor> = shards.iter().map(|shard| shard.y.clone()).collect();
-    let class: Vec<Tensor> = shards.iter().filter_map(|shard| shard.class.clone()).collect();
+    let (mut y, mut class) = (Vec::new(), Vec::new());
+    compute(folder, options, base, count, Share::ALL, device, |shard| {
+        y.push(shard.y);
+        class.extend(shard.class);
+    })?;
     let class = if class.is_empty() { None } else { Some(Tensor::cat(&class, 0)?) };
     Ok(Pairs { seed: options.seed, all: Shard { y: Tensor::cat(&y, 0)?, class } })
 }
@@ -175,9 +182,12 @@ pub fn fill(
     share: Share,
     device: &Device,
 ) -> Result<usize> {
-    Ok(compute(folder, options, base, count, share, device)?.iter().map(Shard::count).sum())
+    let mut have = 0;
+    compute(folder, options, base, count, share, device, |shard| have += shard.count())?;
+    Ok(have)
 }
 
+/// Hands every shard to `keep`, one after the other.
 fn compute(
     folder: &Path,
     options: &PairsOptions,
@@ -185,11 +195,12 @@ fn compute(
     count: usize,
     share: Share,
     device: &Device,
-) -> Result<Vec<Shard>> {
+    mut keep: impl FnMut(Shard),
+) -> Result<()> {
+    let (schedule, sampling) = (Schedule::new(&base.schedule), options.sampling(base)?);
     options.check(folder)?;
     write_json(&folder.join("pairs.json"), options)?;
     let teacher = Network::frozen(&base.config, &base.tensors, device)?;
-    let (schedule, sampling) = (Schedule::new(&base.schedule), options.sampling(base)?);
     let mut files = Vec::new();
     for i in (share.index..count.div_ceil(SHARD)).step_by(share.of) {
         let file = ShardFile {
@@ -197,14 +208,15 @@ fn compute(
             image: base.config.image_shape(),
             classes: options.classes,
         };
-        files.push((i * SHARD, SHARD.min(count - i * SHARD), file.read()?, file));
+        let wanted = SHARD.min(count - i * SHARD);
+        files.push((i * SHARD, wanted, stored(&file.read()?).min(wanted), file));
     }
-    let mut done: usize = files.iter().map(|(_, wanted, found, _)| stored(found).min(*wanted)).sum();
+    let mut done: usize = files.iter().map(|(_, _, found, _)| found).sum();
     let total: usize = files.iter().map(|(_, wanted, ..)| wanted).sum();
     let mut progress = Progress::new("pairs", done as u64, total as u64);
     let mut saved = Instant::now();
-    let mut all = Vec::new();
-    for (first, wanted, mut shard, file) in files {
+    for (first, wanted, _, file) in files {
+        let mut shard = file.read()?;
         while stored(&shard) < wanted {
             let start = stored(&shard);
             let count = BATCH.min(wanted - start);
@@ -228,9 +240,11 @@ fn compute(
                 return Err(Error::Interrupted(kept));
             }
         }
-        all.extend(shard.map(|shard| shard.first(wanted)).transpose()?);
+        if let Some(shard) = shard {
+            keep(shard.first(wanted)?);
+        }
     }
-    Ok(all)
+    Ok(())
 }
 
 /// Number of pairs that a file had.

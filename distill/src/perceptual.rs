@@ -133,6 +133,21 @@ impl Lpips {
         Ok(sum)
     }
 
+    /// Multiply-adds of one image of [`SIDE`] pixels, and values that are kept for its way back.
+    fn cost(&self) -> (u64, usize) {
+        let (mut side, mut multiply_adds, mut kept) = (SIDE, 0, 0);
+        for stage in &self.stages {
+            side = if stage.window == 0 { side } else { (side - stage.window) / 2 + 1 };
+            for (_, conv) in &stage.layers {
+                side = (side + 2 * conv.padding[0] - conv.kernel) / conv.stride + 1;
+                let values = conv.out_channels * side * side;
+                multiply_adds += (values * conv.in_channels * conv.kernel * conv.kernel) as u64;
+                kept += 2 * values;
+            }
+        }
+        (multiply_adds, kept)
+    }
+
     /// Grey becomes three equal channels; each is shifted and scaled.
     fn prepared(&self, x: &Tensor) -> Result<Tensor> {
         let x = match x.dim(1)? {
@@ -222,6 +237,17 @@ pub enum Perceptual {
 }
 
 impl Perceptual {
+    /// Multiply-adds of one image, and values that are kept for its way back.
+    pub fn cost(&self) -> Result<(u64, usize)> {
+        Ok(match self {
+            Self::Classifier(classifier) => {
+                let summary = classifier.config.summary()?;
+                (summary.total_macs(), summary.activations as usize)
+            }
+            Self::Lpips(lpips) => lpips.cost(),
+        })
+    }
+
     /// The mean distance of images of a model with the values `range` for black and white.
     ///
     /// # Shapes
@@ -253,6 +279,23 @@ mod tests {
     use candle_core::Var;
 
     use super::*;
+
+    /// 15.3 thousand million multiply-adds are what is said of VGG16's convolutions everywhere.
+    #[test]
+    fn the_cost_of_vgg16_is_the_known_one() -> Result<()> {
+        let mut tensors = Tensors::new();
+        for (i, (_, convolutions)) in VGG16.iter().enumerate() {
+            for [place, from, to, kernel, ..] in *convolutions {
+                let zeros = |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu);
+                tensors.insert(format!("features.{place}.weight"), zeros(&[*to, *from, *kernel, *kernel])?);
+                tensors.insert(format!("features.{place}.bias"), zeros(&[*to])?);
+                tensors.insert(format!("lin{i}.model.1.weight"), zeros(&[1, *to, 1, 1])?);
+            }
+        }
+        let (multiply_adds, kept) = Lpips::new(&tensors, &Device::Cpu)?.cost();
+        assert_eq!((multiply_adds / 10_000_000, kept / 2), (1534, 13_547_520));
+        Ok(())
+    }
 
     #[test]
     fn the_largest_of_overlapping_squares_gets_the_gradient() -> Result<()> {

@@ -116,13 +116,21 @@ impl Regression {
                 if shape != expected {
                     return Err(Error::Request(format!(
                         "images have shape {shape:?}, the classifier of `--reg {distance}` takes {expected:?}\n\nhint: \
-                         `dmd-distill classifier --out DIR` trains another for `--reg classifier:DIR`; `--reg l2` needs none"
+                         `dmd-distill classifier --data DIR --shape CxHxW` trains another for `--reg classifier:DIR`; `--reg l2` needs none"
                     )));
                 }
                 Perceptual::Classifier(Box::new(classifier))
             }
         };
         Ok(Self::Perceptual(network, range))
+    }
+
+    /// Multiply-adds of one image in the network, and values that are kept for its way back.
+    pub fn cost(&self) -> Result<(u64, usize)> {
+        match self {
+            Self::L2 | Self::Huber => Ok((0, 0)),
+            Self::Perceptual(network, _) => network.cost(),
+        }
     }
 
     /// The mean distance of generated images from those of their pairs.

@@ -13,9 +13,10 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::network::Network;
+use crate::network::{Guidance, Network};
 use crate::run::{Run, enlarge, images, save_image};
 use crate::sampler::{Request, Sampling, one_step, sample};
+use crate::train::DistillOptions;
 
 /// Network evaluations of the teacher in a comparison, if its schedule has as many.
 pub const TEACHER_STEPS: usize = 50;
@@ -130,23 +131,24 @@ fn curve_points(stats: &[Value], key: &str, smoothed: bool) -> Vec<(f64, f64)> {
 }
 
 /// One picture of four blocks with the same seeds and classes: the noise, the one-step generator before
-/// distillation (the base's own weights), after it, and the teacher with up to 50 DDIM steps; at most `count` images each.
+/// distillation (the base's own weights), after it, and the teacher with up to 50 DDIM steps, guided as the run was.
 pub fn comparison(
     path: &Path,
     base: &Checkpoint,
     generator: &Checkpoint,
-    seed: u32,
-    count: usize,
+    options: &DistillOptions,
     device: &Device,
 ) -> Result<()> {
-    let range = base.config.range();
+    let (range, count) = (base.config.range(), options.samples);
     let columns = COLUMNS.min(count);
-    let request = Request::new(seed, 0, count.min(2 * COLUMNS), base.class_count());
+    let request = Request::new(options.seed, 0, count.min(2 * COLUMNS), base.class_count());
     let teacher = Network::frozen(&base.config, &base.tensors, device)?;
     let student = Network::frozen(&generator.config, &generator.tensors, device)?;
     let constants: OneStep = generator.one_step()?;
     let schedule = Schedule::new(&base.schedule);
     let steps = TEACHER_STEPS.min(schedule.num_train_timesteps());
+    let guidance = Guidance::new(options.guidance, base.provenance.classes.as_ref())?;
+    let sampling = Sampling { guidance, ..Sampling::ddim(steps) };
     let noise = request.noise(base.config.image_shape(), device)?;
     let [low, high] = range.map(f64::from);
     let (middle, spread) = ((low + high) / 2.0, (high - low) / 6.0);
@@ -154,7 +156,7 @@ pub fn comparison(
         ("noise".to_owned(), noise.affine(spread, middle)?),
         ("one step, before distillation".to_owned(), one_step(&teacher, &constants, &request)?),
         ("one step, distilled".to_owned(), one_step(&student, &constants, &request)?),
-        (format!("teacher, {steps} steps"), sample(&teacher, &schedule, &request, &Sampling::ddim(steps))?),
+        (format!("teacher, {steps} steps"), sample(&teacher, &schedule, &request, &sampling)?),
     ];
     let mut blocks = Vec::new();
     for (title, x) in shown {

@@ -21,6 +21,9 @@ use crate::network::Tensors;
 /// Name of the state that a run continues from.
 pub const LATEST: &str = "state";
 
+/// Name of the file with what a second stage starts from.
+const INIT: &str = "init.safetensors";
+
 /// Folder of one run.
 pub struct Run {
     /// Its path.
@@ -36,7 +39,7 @@ impl Run {
         options: &impl Serialize,
         prepare: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<Self> {
-        let folder = match out {
+        let mut folder = match out {
             Some(folder) => folder.to_owned(),
             None => free_name(Path::new("runs"), name)?,
         };
@@ -47,14 +50,24 @@ impl Run {
             ));
         }
         let partial = folder.with_file_name(match folder.file_name() {
-            Some(name) => format!(".{}.partial", name.to_string_lossy()),
+            Some(name) => format!(".{}.{}.partial", name.to_string_lossy(), std::process::id()),
             None => return Err(Error::content(&folder, "it is no name of a folder")),
         });
         let _ = fs::remove_dir_all(&partial);
         fs::create_dir_all(&partial).map_err(Error::file("create", &partial))?;
         let run = Self { folder: partial.clone() };
-        prepare(&partial).and_then(|()| run.save_options(options))?;
-        fs::rename(&partial, &folder).map_err(Error::file("create", &folder))?;
+        let written = prepare(&partial).and_then(|()| run.save_options(options));
+        if written.is_err() {
+            let _ = fs::remove_dir_all(&partial);
+        }
+        written?;
+        while let Err(e) = fs::rename(&partial, &folder) {
+            // Another run may have taken the name meanwhile.
+            match out {
+                None if folder.exists() => folder = free_name(Path::new("runs"), name)?,
+                _ => return Err(Error::file("create", &folder)(e)),
+            }
+        }
         Ok(Self { folder })
     }
 
@@ -157,6 +170,11 @@ impl Run {
         write_tensors(&path, tensors, &[("state", json!({"step": step, "note": note}).to_string())])
     }
 
+    /// Keeps the state `from` as `to` too.
+    pub fn keep_state(&self, from: &str, to: &str) -> Result<()> {
+        files::copy(&self.state_path(from), &self.state_path(to))
+    }
+
     /// A saved state; none if there is no such.
     pub fn read_state(&self, name: &str) -> Result<Option<State>> {
         let path = self.state_path(name);
@@ -170,6 +188,17 @@ impl Run {
 
     fn state_path(&self, name: &str) -> PathBuf {
         self.path(&format!("checkpoints/{name}.safetensors"))
+    }
+
+    /// Keeps what a new run starts from.
+    pub fn save_init(folder: &Path, tensors: &Tensors) -> Result<()> {
+        write_tensors(&folder.join(INIT), tensors, &[])
+    }
+
+    /// What [`Self::save_init`] kept.
+    pub fn read_init(&self) -> Result<Tensors> {
+        let path = self.path(INIT);
+        read_tensors(&path, &files::read(&path)?)
     }
 
     /// The state `name` that a run continues from; none if training had not come to one. Drops later statistics.

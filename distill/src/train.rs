@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::checkpoint::{Checkpoint, Source, snapshot};
-use crate::data::{self, Dataset, Split};
-use crate::distillation::{Distillation, Material};
+use crate::data::{Dataset, Split};
+use crate::distillation::{Distillation, Material, Start};
 use crate::error::{Error, Result};
 use crate::html;
 use crate::judge::Judge;
@@ -21,14 +21,17 @@ use crate::pairs::{self, PairsOptions};
 use crate::progress::{Progress, stop_requested};
 use crate::regression::{Distance, Regression};
 use crate::report;
-use crate::run::{LATEST, Run, images, save_grid};
+use crate::run::{LATEST, Run, State, images, save_grid};
 use crate::sampler::{Request, one_step};
 use crate::teacher::part;
 
-/// Name of the state whose samples were best.
+/// Name of the state whose samples were best, or without a metric the last healthy ones.
 const BEST: &str = "best";
 /// Returns to the best state before a run gives up.
 const ROLLBACKS: u32 = 3;
+/// What to do about a training that does not hold together.
+const GENTLER: &str =
+    "start again with a lower `--lr`, for example half, or more `--fake-updates`, and another `--out`";
 
 /// A method: the defaults of its losses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -59,6 +62,9 @@ pub struct DistillOptions {
     pub base: String,
     /// SHA-256 of the base's weights.
     pub base_sha256: String,
+    /// Run that this one is the second stage of.
+    #[serde(default)]
+    pub init: Option<PathBuf>,
     /// Which paper's losses are the defaults.
     pub method: Method,
     /// Folder of the noise-image pairs.
@@ -128,6 +134,11 @@ pub struct DistillOptions {
 }
 
 impl DistillOptions {
+    /// Whether any loss of the generator needs the critic; regression alone does not.
+    pub fn has_critic(&self) -> bool {
+        self.dm_weight > 0.0 || self.gan_weight > 0.0
+    }
+
     /// Factor on both learning rates at a step: the schedule's, and a half for every return to the best state.
     fn rate(&self, step: u64, rollbacks: u32) -> f64 {
         self.lr_schedule.factor(step, self.train_steps) * 0.5f64.powi(rollbacks as i32)
@@ -155,8 +166,6 @@ impl DistillOptions {
     pub fn check_material(&self, base: &Checkpoint) -> Result<()> {
         if self.pairs > 0 {
             self.pairs(base).check(&self.pairs_dir)?;
-        }
-        if self.pairs > 0 {
             Regression::load(&self.reg, base.config.image_shape(), base.config.range(), &Device::Cpu)?;
         }
         self.real(base).map(drop)
@@ -166,13 +175,44 @@ impl DistillOptions {
         if self.gan_weight == 0.0 {
             return Ok(None);
         }
-        match &self.data {
-            Some(data) => {
-                Ok(Some(data::Source::find(data, Split::Train)?.load(base.config.image_shape())?.data))
-            }
-            None => Ok(None),
+        let Some(data) = &self.data else { return Ok(None) };
+        let data = Dataset::load(data, Split::Train, base.config.image_shape())?;
+        if let Some(classes) = base.class_count() {
+            data.check_labels(classes, &self.base)?;
         }
+        Ok(Some(data))
     }
+}
+
+/// The averaged generator and the critic of a finished run, for one that starts from them; `generator.NAME`, `fake.NAME`.
+pub fn initial(folder: &Path, options: &DistillOptions) -> Result<Tensors> {
+    let run = Run::open(folder)?;
+    run.check_command("distill")?;
+    let before: DistillOptions = run.options()?;
+    let same = |o: &DistillOptions| (o.base_sha256.clone(), o.t_gen, o.input_scale.to_bits());
+    if same(&before) != same(options) {
+        return Err(Error::content(
+            folder,
+            "the run has another base, `--t-gen` or `--input-scale`\n\nhint: a second stage keeps them",
+        ));
+    }
+    let latest =
+        run.read_state(LATEST)?.ok_or_else(|| Error::content(folder, "the run has saved no state yet"))?;
+    let state = match result(&run, &before, &latest.note()?)? {
+        Some(best) => best,
+        None => latest,
+    };
+    let mut tensors = Tensors::new();
+    for (from, to) in [("ema.", "generator."), ("fake.", "fake.")] {
+        tensors.extend(part(&state.tensors, from)?.into_iter().map(|(name, t)| (format!("{to}{name}"), t)));
+    }
+    Ok(tensors)
+}
+
+/// The state whose weights are a run's result, if they are not the last.
+fn result(run: &Run, options: &DistillOptions, monitor: &Monitor) -> Result<Option<State>> {
+    let best = options.keep == Keep::Best && monitor.best.is_some();
+    if best || monitor.rollbacks > ROLLBACKS { run.read_state(BEST) } else { Ok(None) }
 }
 
 /// Distils, or continues, and returns the folder of the finished generator: the one that looked best to the metric, or
@@ -184,7 +224,16 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
     let judge = Judge::new(options, &base, device)?;
     let resumed = run.load_state(LATEST)?;
     let mut step = resumed.as_ref().map_or(0, |state| state.step);
-    let mut work = Distillation::new(options, &base, resumed.as_ref().map(|state| &state.tensors), device)?;
+    let begun = match (&resumed, &options.init) {
+        (None, Some(_)) => Some(run.read_init()?),
+        _ => None,
+    };
+    let start = match (&resumed, &begun) {
+        (Some(state), _) => Start::State(&state.tensors),
+        (None, Some(tensors)) => Start::Stage(tensors),
+        (None, None) => Start::Base,
+    };
+    let mut work = Distillation::new(options, &base, start, device)?;
     let (average, mut monitor) = match &resumed {
         Some(state) => (part(&state.tensors, "ema.")?, state.note()?),
         None => (snapshot(work.generator.parameters())?, Monitor::default()),
@@ -197,7 +246,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
     }
 
     let mut progress = Progress::new("distil", step, options.train_steps);
-    let mut shown = String::new();
+    let (mut shown, mut collapsed) = (String::new(), false);
     while step < options.train_steps {
         work.set_rate(options.rate(step, monitor.rollbacks));
         let update = work.update(step, &material).map_err(|e| diverged(e, step, run))?;
@@ -229,40 +278,50 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
         run.log(&line)?;
         let message = format!("dm {:.3} reg {:.3} fake {:.3}{shown}", update.dm, update.reg, update.fake);
         progress.update(step, &message);
-        match verdict {
-            Verdict::Fine => {}
-            Verdict::Best => save(run, BEST, step, &work, &ema, &monitor)?,
+        let rolled_back = matches!(verdict, Verdict::Rollback(_));
+        match &verdict {
+            Verdict::Fine | Verdict::Best => {}
             Verdict::Alarm(problem) => eprintln!("\nwarning: step {step}: {problem}"),
             Verdict::Rollback(problem) => {
-                let Some(best) = run.read_state(BEST)?.filter(|_| monitor.rollbacks <= ROLLBACKS) else {
-                    return Err(Error::Diverged(format!(
-                        "step {step}: {problem}\n\nhint: a lower `--lr` or more `--fake-updates` keep the critic closer; \
-                         `{}` has the pictures",
-                        run.path("samples").display()
-                    )));
+                let Some(best) = run.read_state(BEST)? else {
+                    return Err(Error::Diverged(format!("step {step}: {problem}\n\nhint: {GENTLER}")));
                 };
+                collapsed = monitor.rollbacks > ROLLBACKS;
+                let then = if collapsed { "and ending there" } else { "at half the learning rate" };
                 eprintln!(
-                    "\nwarning: step {step}: {problem}; going back to the weights of step {} at half the learning rate",
+                    "\nwarning: step {step}: {problem}; going back to the weights of step {} {then}",
                     best.step
                 );
-                work = Distillation::new(options, &base, Some(&best.tensors), device)?;
-                ema = Ema::new(options.ema, best.step, part(&best.tensors, "ema.")?);
+                work = Distillation::new(options, &base, Start::State(&best.tensors), device)?;
+                ema = Ema::new(options.ema, step, part(&best.tensors, "ema.")?);
             }
         }
+        let last = last || collapsed;
         if step.is_multiple_of(options.sample_every) || last {
             save_samples(&work, run, options, step, &ema.tensors)?;
             report::plot(run)?;
         }
         let stop = stop_requested();
-        if step.is_multiple_of(options.save_every) || last || stop {
-            save(run, LATEST, step, &work, &ema, &monitor)?;
+        // The two states are written together: a run that is continued knows no later best than its own.
+        if step.is_multiple_of(options.save_every) || last || stop || rolled_back || verdict == Verdict::Best
+        {
+            run.save_state(LATEST, step, &work.state(&ema.tensors)?, &monitor)?;
         }
-        if stop && !last {
+        if verdict == Verdict::Best {
+            run.keep_state(LATEST, BEST)?;
+        }
+        if last {
+            break;
+        }
+        if stop {
             return Err(Error::Interrupted(format!("stopped after step {step}\n\nhint: {resume}")));
         }
     }
+    if collapsed {
+        eprintln!("warning: the samples collapsed {} times\n\nhint: {GENTLER}", monitor.rollbacks);
+    }
 
-    let best = if options.keep == Keep::Best { run.read_state(BEST)? } else { None };
+    let best = result(run, options, &monitor)?;
     let (taken, weights) = match &best {
         Some(best) => (best.step, part(&best.tensors, "ema.")?),
         None => (step, ema.tensors),
@@ -270,14 +329,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
     let folder = run.path("generator");
     finished(options, &base, weights, taken, &monitor).save(&folder)?;
     let generator = Checkpoint::load(&Source::Folder(folder.clone()))?;
-    report::comparison(
-        &run.path("comparison.png"),
-        &base,
-        &generator,
-        options.seed,
-        options.samples,
-        device,
-    )?;
+    report::comparison(&run.path("comparison.png"), &base, &generator, options, device)?;
     html::write(run, &generator)?;
     Ok(folder)
 }
@@ -286,17 +338,13 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
 fn diverged(error: Error, step: u64, run: &Run) -> Error {
     match error {
         Error::Diverged(problem) => Error::Diverged(format!(
-            "update {}: {problem}; the last good state is kept\n\nhint: `dmd-distill --resume {} --lr X` goes on from it \
-             with a lower learning rate",
+            "update {}: {problem}; what `{}` had saved is kept\n\nhint: {GENTLER}; continued \
+             with `--resume` it meets the same",
             step + 1,
             run.folder.display()
         )),
         other => other,
     }
-}
-
-fn save(run: &Run, name: &str, step: u64, work: &Distillation, ema: &Ema, monitor: &Monitor) -> Result<()> {
-    run.save_state(name, step, &work.state(&ema.tensors)?, monitor)
 }
 
 /// The base that the run was started with; every run keeps its own copy.
@@ -330,7 +378,7 @@ fn finished(
     let training = json!({
         "method": o.method, "steps": step, "steps_trained": o.train_steps, "images": images, "batch": o.batch, "lr": o.lr,
         "lr_fake": o.lr_fake, "lambda_reg": o.lambda_reg, "pairs": o.pairs, "pair_steps": o.pair_steps,
-        "fake_updates": o.fake_updates, "ema": o.ema, "guidance": o.guidance,
+        "fake_updates": o.fake_updates, "ema": o.ema, "guidance": o.guidance, "second_stage": o.init.is_some(),
         "dm_weight": o.dm_weight, "gan_weight": o.gan_weight, "gan_weight_fake": o.gan_weight_fake, "reg": o.reg, "seed": o.seed,
     });
     let kid = monitor.best.filter(|(_, at)| *at == step).map(|(kid, _)| ("kid".to_owned(), json!(kid)));

@@ -8,10 +8,9 @@ use clap::Args;
 use serde_json::{Map, json};
 
 use super::{Classifier, ClassifierCard, ClassifierConfig, RANGE, forward, trainable};
-use crate::data::{Dataset, FASHION_CLASSES, Split};
+use crate::data::{Dataset, FASHION_CLASSES, Loaded, Source, Split};
 use crate::device;
 use crate::error::{Error, Result};
-use crate::eval::data_set;
 use crate::network::Tensors;
 use crate::optimiser::{AdamW, AdamWConfig, Ema};
 use crate::progress::{Progress, handle_interrupts, stop_requested};
@@ -25,9 +24,12 @@ const EMA: f64 = 0.998;
 /// A classifier's training.
 #[derive(Clone, Debug, Args)]
 pub struct ClassifierArgs {
-    /// Data set: `fashion-mnist`, or the folder with its files
+    /// Data set: `fashion-mnist`, or a folder as `teacher --data` takes it, with a part for training and one for tests
     #[arg(long, value_name = "NAME|DIR", default_value = "fashion-mnist")]
     pub data: String,
+    /// Channels, height and width that the images are fitted to: those of the models to be judged
+    #[arg(long, value_name = "CxHxW", default_value = "1x28x28", value_parser = shape)]
+    pub shape: [usize; 3],
     /// Folder to create
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -58,20 +60,27 @@ pub struct ClassifierArgs {
 pub fn run(args: &ClassifierArgs) -> Result<()> {
     let device = device::parse(&args.device)?;
     check(args)?;
-    let (train, test) = (data_set(&args.data, Split::Train)?, data_set(&args.data, Split::Test)?);
+    let [train, test] =
+        [Split::Train, Split::Test].map(|split| Source::find(&args.data, split)?.load(args.shape));
+    let (Loaded { data: train, about, classes, .. }, Loaded { data: test, .. }) = (train?, test?);
+    let count = train.labels.iter().max().map_or(0, |label| usize::from(*label) + 1);
+    let classes = classes.unwrap_or_else(|| (0..count).map(|class| class.to_string()).collect());
+    for data in [&train, &test] {
+        data.check_labels(classes.len(), "classifier")?;
+    }
     handle_interrupts();
     eprintln!("on {}", device::name(&device));
     let started = Instant::now();
-    let config = ClassifierConfig::new(train.shape, FASHION_CLASSES.len())?;
+    let config = ClassifierConfig::new(train.shape, classes.len())?;
     let weights = fit(args, &config, &train, &device)?;
     let training = json!({
-        "data": "Fashion-MNIST, training images", "images": train.len().min(args.limit.unwrap_or(train.len())),
+        "data": about, "images": train.len().min(args.limit.unwrap_or(train.len())),
         "epochs": args.epochs, "batch": args.batch, "lr": args.lr, "shift": args.shift, "ema": EMA,
         "seed": args.seed, "created_by": concat!("dmd-distill ", env!("CARGO_PKG_VERSION")),
     });
     let card = ClassifierCard {
-        name: "fashion-classifier".to_owned(),
-        classes: FASHION_CLASSES.map(str::to_owned).to_vec(),
+        name: if classes == FASHION_CLASSES { "fashion-classifier" } else { "classifier" }.to_owned(),
+        classes,
         training: training.as_object().cloned().unwrap_or_default(),
         metrics: Map::new(),
     };
@@ -86,6 +95,11 @@ pub fn run(args: &ClassifierArgs) -> Result<()> {
         started.elapsed().as_secs_f64()
     );
     Ok(())
+}
+
+fn shape(text: &str) -> std::result::Result<[usize; 3], String> {
+    let numbers: Option<Vec<usize>> = text.split('x').map(|n| n.parse().ok()).collect();
+    numbers.and_then(|n| n.try_into().ok()).ok_or_else(|| "expected three numbers as in 3x32x32".to_owned())
 }
 
 fn check(args: &ClassifierArgs) -> Result<()> {

@@ -74,15 +74,13 @@ fn take<T>(place: &Mutex<Option<T>>) -> Option<T> {
     place.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-impl CustomOp1 for Pass {
-    fn name(&self) -> &'static str {
-        "network"
-    }
+/// Runs a whole pass on one of rayon's threads, which takes part in every parallel loop instead of being woken after it.
+fn in_pool<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| pass())
+}
 
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Some((start, end)) = layout.contiguous_offsets() else { bail!("the values are not contiguous") };
-        let flat = &storage.as_slice::<f32>()?[start..end];
-        let Some(network) = take(&self.network) else { bail!("a pass runs once") };
+impl Pass {
+    fn forward(&self, flat: &[f32], network: NetworkFn) -> candle_core::Result<(CpuStorage, Shape)> {
         let (places, train) = (&self.places, self.train);
         let mut ops = CpuOps { flat, places, train, tape: Tape::default(), statistics: None };
         let inputs: Vec<Value> = self.inputs.iter().map(|input| ops.input(input)).collect();
@@ -95,6 +93,19 @@ impl CustomOp1 for Pass {
         }
         Ok((CpuStorage::F32(out), shape))
     }
+}
+
+impl CustomOp1 for Pass {
+    fn name(&self) -> &'static str {
+        "network"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let Some((start, end)) = layout.contiguous_offsets() else { bail!("the values are not contiguous") };
+        let flat = &storage.as_slice::<f32>()?[start..end];
+        let Some(network) = take(&self.network) else { bail!("a pass runs once") };
+        in_pool(|| self.forward(flat, network))
+    }
 
     fn bwd(&self, flat: &Tensor, y: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let Some((tape, slot)) = take(&self.record) else { bail!("a pass is differentiated once") };
@@ -106,7 +117,8 @@ impl CustomOp1 for Pass {
         else {
             bail!("the values are not in the CPU's memory")
         };
-        let d_flat = tape.backward(&storage.as_slice::<f32>()?[start..end], slot, gradient);
+        let values = &storage.as_slice::<f32>()?[start..end];
+        let d_flat = in_pool(|| tape.backward(values, slot, gradient));
         Tensor::from_vec(d_flat, flat.shape(), flat.device()).map(Some)
     }
 }

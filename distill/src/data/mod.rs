@@ -85,6 +85,15 @@ pub struct Loaded {
     pub sha256: String,
 }
 
+/// The same data set wherever the program runs next.
+pub fn absolute(data: String) -> Result<String> {
+    if NAMES.contains(&data.as_str()) {
+        return Ok(data);
+    }
+    let path = Path::new(&data);
+    Ok(std::path::absolute(path).map_err(Error::file("find", path))?.to_string_lossy().into_owned())
+}
+
 impl Source {
     /// The data set of this name, else the one in this folder.
     pub fn find(data: &str, split: Split) -> Result<Self> {

@@ -13,7 +13,7 @@ use super::Pictures;
 use crate::checkpoint::{Checkpoint, read_metadata, read_tensors, write_json, write_tensors};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::network::{Network, Tensors};
+use crate::network::{Guidance, Network, Tensors};
 use crate::progress::{Progress, stop_requested};
 use crate::sampler::{self, Request, Sampling};
 
@@ -23,12 +23,18 @@ const BATCH: usize = 64;
 const SHARD: usize = 256;
 
 /// Whose images a folder holds; two folders with the same description have the same images.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Description {
     /// SHA-256 of the teacher's weights.
     sha256: String,
+    /// SHA-256 of its configuration and schedule.
+    #[serde(default)]
+    model_sha256: String,
     sampler: String,
     steps: usize,
+    /// Classifier-free guidance; 1 is none.
+    #[serde(default)]
+    guidance: f64,
     /// Seed of the noise contract; image `k` has class `k mod classes`.
     seed: u32,
     classes: Option<usize>,
@@ -63,6 +69,7 @@ pub fn one_step(
 /// `count` images of a teacher in `steps` steps, from the folder for them below `cache` as far as they are there.
 pub fn many_steps(
     teacher: &Checkpoint,
+    guidance: f64,
     steps: usize,
     seed: u32,
     count: usize,
@@ -71,8 +78,10 @@ pub fn many_steps(
 ) -> Result<Pictures> {
     let description = Description {
         sha256: teacher.sha256.clone(),
-        sampler: "ddim-trailing-clip".to_owned(),
+        model_sha256: teacher.description_sha256(),
+        sampler: "ddim-trailing".to_owned(),
         steps,
+        guidance,
         seed,
         classes: teacher.class_count(),
         shape: teacher.config.image_shape(),
@@ -87,13 +96,16 @@ pub fn many_steps(
         found.iter().zip(&shards).map(|(found, (_, wanted))| have(found).min(*wanted)).sum();
     let mut progress = Progress::new("teacher", done as u64, count as u64);
     let network = Network::frozen(&teacher.config, &teacher.tensors, device)?;
+    let schedule = Schedule::new(&teacher.schedule);
+    let guidance = Guidance::new(guidance, teacher.provenance.classes.as_ref())?;
+    let sampling = Sampling { guidance, ..Sampling::ddim(steps) };
     let mut all: Option<Pictures> = None;
     for (i, (mut pictures, (path, wanted))) in found.into_iter().zip(&shards).enumerate() {
         let first = have(&pictures);
         for start in (first..*wanted).step_by(BATCH) {
             let size = BATCH.min(wanted - start);
             let request = Request::new(seed, (i * SHARD + start) as u64, size, description.classes);
-            let x = ddim(&network, teacher, &request, steps)?;
+            let x = sampler::sample(&network, &schedule, &request, &sampling)?;
             join(&mut pictures, Pictures::from_tensor(&x, teacher.config.range(), None)?);
             done += size;
             progress.update(done as u64, "");
@@ -116,11 +128,6 @@ pub fn many_steps(
     all.ok_or_else(|| Error::Request("`--count` must be at least 1".into()))
 }
 
-/// The one place that says how a teacher draws.
-fn ddim(network: &Network, teacher: &Checkpoint, request: &Request, steps: usize) -> Result<Tensor> {
-    sampler::sample(network, &Schedule::new(&teacher.schedule), request, &Sampling::ddim(steps))
-}
-
 fn join(all: &mut Option<Pictures>, more: Pictures) {
     match all {
         Some(all) => all.append(more),
@@ -133,7 +140,9 @@ fn claim(cache: &Path, name: &str, description: &Description) -> Result<PathBuf>
     let hash = description.sha256.get(..8).unwrap_or("unsaved");
     let safe: String =
         name.chars().map(|c| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '-' }).collect();
-    let folder = cache.join(format!("{safe}-{hash}-ddim{}-seed{}", description.steps, description.seed));
+    let Description { steps, guidance, seed, .. } = description;
+    let guided = if *guidance == 1.0 { String::new() } else { format!("-guided{guidance}") };
+    let folder = cache.join(format!("{safe}-{hash}-ddim{steps}{guided}-seed{seed}"));
     let path = folder.join("teacher.json");
     if !path.exists() {
         write_json(&path, description)?;

@@ -15,7 +15,7 @@ use candle_core::Device;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use crate::data::{Dataset, Split};
+use crate::data::{Source, Split};
 use crate::error::{Error, Result};
 use crate::{device, progress};
 
@@ -40,7 +40,7 @@ pub struct EvalArgs {
     /// Values of black and white in --images
     #[arg(long, value_name = "LOW,HIGH", default_value = "-1,1", allow_hyphen_values = true)]
     pub range: String,
-    /// Real images: `fashion-mnist`, or the folder with its files
+    /// Real images: `fashion-mnist`, or a folder as `teacher --data` takes it, with a part for training and one for tests
     #[arg(long, value_name = "NAME|DIR", default_value = "fashion-mnist")]
     pub data: String,
     /// Images of every set
@@ -97,6 +97,8 @@ pub struct Evaluation {
     pub distance: &'static str,
     /// DDIM steps of the teacher.
     pub steps: usize,
+    /// Classifier-free guidance of the teacher, that with which the generator was made; 1 is none.
+    pub guidance: f64,
     /// Seed of the noise.
     pub seed: u32,
     /// SHA-256 of the generator's weights.
@@ -133,10 +135,23 @@ pub fn evaluate(args: &EvalArgs, device: &Device) -> Result<Evaluation> {
     subject.check_steps(args.steps)?;
     let extractor = Extractor::find(&args.features, device)?;
     check_count(args.count, &extractor)?;
-    let [train, test] = [Split::Train, Split::Test].map(|split| data_set(&args.data, split));
-    let (train, test) = (train?, test?);
-    subject.check_shape(train.shape)?;
+    if args.undistilled && (subject.student.is_none() || subject.teacher.is_none()) {
+        let problem = "`--undistilled` needs a generator and its teacher";
+        return Err(Error::Request(problem.into()));
+    }
+    if args.classes == AskedClasses::Cycle && extractor.classes().is_none() {
+        return Err(Error::Request(format!("`--classes` needs a classifier, {} is none", extractor.name())));
+    }
     let given = args.images.as_deref().map(|path| given(path, args, extractor.classes())).transpose()?;
+    let shape = given.as_ref().map(|given| given.shape).or(subject.shape());
+    let shape = shape.ok_or_else(|| Error::Request("nothing to score".into()))?;
+    let [train, test] = [Split::Train, Split::Test].map(|split| Source::find(&args.data, split)?.load(shape));
+    let (train, test) = (train?, test?);
+    let names = train.classes.clone().unwrap_or_default();
+    subject.check_classes(&args.data, &names, "`--data DIR` names other images")?;
+    let hint = "`dmd-distill classifier` trains another for `--features DIR`";
+    subject.check_classes(&extractor.name(), extractor.class_names(), hint)?;
+    let (train, test) = (train.data, test.data);
     let reference = Pictures::balanced(&train, args.count)?;
 
     progress::handle_interrupts();
@@ -155,7 +170,8 @@ pub fn evaluate(args: &EvalArgs, device: &Device) -> Result<Evaluation> {
         _ => None,
     };
     let teacher = subject.teacher.as_ref().map(|teacher| {
-        score(draw::many_steps(teacher, args.steps, args.seed, args.count, &args.cache, device))
+        let guidance = subject.guidance();
+        score(draw::many_steps(teacher, guidance, args.steps, args.seed, args.count, &args.cache, device))
     });
     let floor = match test.len() >= args.count {
         true => Some(score(Pictures::balanced(&test, args.count))?),
@@ -173,6 +189,7 @@ pub fn evaluate(args: &EvalArgs, device: &Device) -> Result<Evaluation> {
         features: scorer.name().to_owned(),
         distance: scorer.distance_name(),
         steps: args.steps,
+        guidance: subject.guidance(),
         seed: args.seed,
         student_sha256: subject.student.as_ref().map(sha256),
         teacher_sha256: subject.teacher.as_ref().map(sha256),
@@ -181,18 +198,6 @@ pub fn evaluate(args: &EvalArgs, device: &Device) -> Result<Evaluation> {
         undistilled,
         floor,
     })
-}
-
-/// The data set that `--data` names.
-pub fn data_set(name: &str, split: Split) -> Result<Dataset> {
-    match name {
-        "fashion-mnist" => Dataset::fashion_mnist(None, split),
-        folder if Path::new(folder).is_dir() => Dataset::fashion_mnist(Some(Path::new(folder)), split),
-        _ => Err(Error::Request(format!(
-            "no data set `{name}`: it is neither `fashion-mnist` nor a folder\n\nhint: a folder holds the four \
-             Fashion-MNIST files, such as `train-images-idx3-ubyte.gz`"
-        ))),
-    }
 }
 
 /// Covariances of fewer images than features say nothing; of not many more, little.

@@ -36,14 +36,14 @@ impl Pictures {
         Ok(Self::quantised([c, h, w], &x.flatten_all()?.to_vec1::<f32>()?, range, classes))
     }
 
-    /// `count` images of a data set, as many of each class as of the others, and always the same.
+    /// `count` images of a data set, as many of each class as of the others if it has classes, and always the same.
     pub fn balanced(data: &Dataset, count: usize) -> Result<Self> {
-        let classes = usize::from(data.labels.iter().copied().max().unwrap_or(0)) + 1;
+        let class_of = |i: usize| usize::from(data.labels.get(i).copied().unwrap_or(0));
+        let classes = (0..data.len()).map(class_of).max().unwrap_or(0) + 1;
         let mut chosen = Vec::with_capacity(count);
         for class in 0..classes {
             let wanted = count / classes + usize::from(class < count % classes);
-            let members: Vec<usize> =
-                (0..data.len()).filter(|i| usize::from(data.labels[*i]) == class).collect();
+            let members: Vec<usize> = (0..data.len()).filter(|i| class_of(*i) == class).collect();
             if members.len() < wanted {
                 return Err(Error::Request(format!(
                     "there are {} images of class {class}, expected {wanted} for a total of {count} in equal parts",
@@ -57,7 +57,7 @@ impl Pictures {
         Ok(Self {
             shape: data.shape,
             bytes: chosen.iter().flat_map(|i| &data.images[i * size..(i + 1) * size]).copied().collect(),
-            classes: Some(chosen.iter().map(|i| u32::from(data.labels[*i])).collect()),
+            classes: (!data.labels.is_empty()).then(|| chosen.iter().map(|i| class_of(*i) as u32).collect()),
         })
     }
 

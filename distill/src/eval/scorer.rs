@@ -130,20 +130,30 @@ impl Extractor {
         }
     }
 
+    /// Names of these classes.
+    pub fn class_names(&self) -> &[String] {
+        match self {
+            Self::Classifier(classifier) => &classifier.card.classes,
+            Self::Inception(_) => &[],
+        }
+    }
+
     fn check_shape(&self, shape: [usize; 3]) -> Result<()> {
         let Self::Classifier(classifier) = self else { return Ok(()) };
         let expected = classifier.config.image_shape();
         match shape == expected {
             true => Ok(()),
             false => Err(Error::Request(format!(
-                "images have shape {shape:?}, expected {expected:?} from the features {}\n\nhint: `dmd-distill classifier` \
-                 trains others, and `--features inception:FILE` takes images of any size",
-                self.name()
+                "images have shape {shape:?}, expected {expected:?} from the features {}\n\nhint: `dmd-distill classifier \
+                 --data DIR --shape {}` trains others, and `--features inception:FILE` takes images of any size",
+                self.name(),
+                shape.map(|n| n.to_string()).join("x")
             ))),
         }
     }
 
-    fn extract(&self, pictures: &Pictures) -> Result<Extracted> {
+    /// Features and predictions; where a stop has been requested and `stops`, an error.
+    fn extract(&self, pictures: &Pictures, stops: bool) -> Result<Extracted> {
         self.check_shape(pictures.shape)?;
         let (count, batch) = (pictures.len(), if self.classes().is_some() { BATCH } else { FEW });
         let (mut features, mut logits) = (Vec::new(), Vec::new());
@@ -165,7 +175,7 @@ impl Extractor {
             if let Some(progress) = &mut progress {
                 progress.update((first + size) as u64, "");
             }
-            if stop_requested() {
+            if stops && stop_requested() {
                 return Err(Error::Interrupted("stopped while computing features".into()));
             }
         }
@@ -200,7 +210,7 @@ impl Scorer {
     /// Computes the features of the reference once.
     pub fn new(extractor: Extractor, reference: &Pictures) -> Result<Self> {
         let name = extractor.name();
-        let found = extractor.extract(reference)?;
+        let found = extractor.extract(reference, true)?;
         let gaussian = Gaussian::of(&found.features)?;
         Ok(Self { extractor, name, shape: reference.shape, reference: found, gaussian })
     }
@@ -215,14 +225,14 @@ impl Scorer {
         self.extractor.distance_name()
     }
 
-    /// The kernel distance alone: meant for few images, again and again during a training.
+    /// The kernel distance alone: meant for few images, again and again during a training, which is not stopped here.
     pub fn kid(&self, pictures: &Pictures) -> Result<Kid> {
-        kid(&self.reference.features, &self.extract(pictures)?.features)
+        kid(&self.reference.features, &self.extract(pictures, false)?.features)
     }
 
     /// Everything.
     pub fn scores(&self, pictures: &Pictures) -> Result<Scores> {
-        let found = self.extract(pictures)?;
+        let found = self.extract(pictures, true)?;
         let Kid { mean, std } = kid(&self.reference.features, &found.features)?;
         let near = neighbours(&self.reference.features, &found.features)?;
         let agreement =
@@ -242,13 +252,13 @@ impl Scorer {
         })
     }
 
-    fn extract(&self, pictures: &Pictures) -> Result<Extracted> {
+    fn extract(&self, pictures: &Pictures, stops: bool) -> Result<Extracted> {
         if pictures.shape != self.shape {
             return Err(Error::Request(format!(
                 "images have shape {:?}, expected {:?} as the reference",
                 pictures.shape, self.shape
             )));
         }
-        self.extractor.extract(pictures)
+        self.extractor.extract(pictures, stops)
     }
 }

@@ -16,6 +16,15 @@ pub struct Subject {
     pub teacher: Option<Checkpoint>,
 }
 
+impl Subject {
+    /// Classifier-free guidance of the teacher while the generator was made; 1 is none.
+    pub fn guidance(&self) -> f64 {
+        let said =
+            self.student.as_ref().and_then(|student| student.provenance.training.get("guidance")?.as_f64());
+        said.unwrap_or(1.0)
+    }
+}
+
 /// What the user names: a run folder, a generator folder or a base. `teacher` says where to find the teacher of a
 /// generator, or `none`.
 pub fn find(model: &str, teacher: Option<&str>) -> Result<Subject> {
@@ -117,15 +126,26 @@ impl Subject {
         }
     }
 
-    /// Whether the models draw images of this shape.
-    pub fn check_shape(&self, expected: [usize; 3]) -> Result<()> {
-        match self.student.iter().chain(&self.teacher).find(|model| model.config.image_shape() != expected) {
-            None => Ok(()),
-            Some(model) => Err(Error::Request(format!(
-                "`{}` draws images of shape {:?}, expected {expected:?} from the data set",
-                model.provenance.name,
-                model.config.image_shape()
-            ))),
+    /// Shape of the images that the models draw.
+    pub fn shape(&self) -> Option<[usize; 3]> {
+        self.models().next().map(|model| model.config.image_shape())
+    }
+
+    /// Whether `other`, which knows classes of these names, is about the classes that the models draw.
+    pub fn check_classes(&self, other: &str, names: &[String], hint: &str) -> Result<()> {
+        let own = self.models().find_map(|model| Some((model, &model.provenance.classes.as_ref()?.names)));
+        match own {
+            Some((model, own)) if !own.is_empty() && !names.is_empty() && own != names => {
+                Err(Error::Request(format!(
+                    "`{}` draws {} and others, {other} knows {} and others\n\nhint: {hint}",
+                    model.provenance.name, own[0], names[0]
+                )))
+            }
+            _ => Ok(()),
         }
+    }
+
+    fn models(&self) -> impl Iterator<Item = &Checkpoint> {
+        self.student.iter().chain(&self.teacher)
     }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{self, Preset};
 use crate::checkpoint::Checkpoint;
-use crate::data::{NAMES, Source, Split};
+use crate::data::{self, Source, Split};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::optimiser::LrSchedule;
@@ -275,13 +275,7 @@ impl TeacherRecipe {
             )));
         }
         let steps_of = |epochs: u64| epochs.saturating_mul(images as u64).div_ceil(batch as u64);
-        let data = match NAMES.contains(&data.as_str()) {
-            true => data,
-            false => {
-                let path = std::path::absolute(&data).map_err(Error::file("find", Path::new(&data)))?;
-                path.to_string_lossy().into_owned()
-            }
-        };
+        let data = data::absolute(data)?;
         let (id, init) = init.unzip();
         let options = TeacherOptions {
             command: "teacher".to_owned(),
