@@ -10,7 +10,7 @@ use dmd_core::net::shapes::summarise;
 use dmd_core::net::{Conv2d, Ops};
 use dmd_core::schedule::Prediction;
 use dmd_export::partial::{Exporter, Known, Value};
-use dmd_export::{Array, Checkpoint, Kind, evaluate, export};
+use dmd_export::{Array, Checkpoint, Kind, Precision, evaluate, export, export_in};
 use dmd_runtime_native::{Batch, ModelFile, Options, Provider};
 use dmd_tests::operations::Operation;
 use dmd_tests::{Golden, compare, fixture, seeded};
@@ -319,6 +319,39 @@ fn the_card_in_the_file_says_what_it_needs() -> Result<()> {
     ensure!((teacher.kind, teacher.t_gen, teacher.alpha_t) == (Kind::Teacher, None, None));
     ensure!(teacher.macs == summarise(&base.config)?.total_macs(), "got {} MACs", teacher.macs);
     ensure!(card.macs < teacher.macs && card.parameters < teacher.parameters);
+    Ok(())
+}
+
+/// Smaller weights: sizes and errors of the bundled generator, by both engines.
+#[test]
+fn smaller_files_draw_the_same_images() -> Result<()> {
+    let checkpoint = Checkpoint::load(&dmd_tests::repository().join("assets/one-step-fashion"))?;
+    let whole = export(&checkpoint, Kind::Generator)?;
+    let (z, class) = (noise(&[16, 1, 28, 28], 3), (0..16).map(|k| k % 10).collect::<Vec<usize>>());
+    let by_tract = |bytes: &[u8]| -> Result<Vec<f32>> {
+        Ok(run(bytes, vec![tvec![tensor(&z)?, class_tensor(&class)?]])?.remove(0))
+    };
+    let by_ort = |bytes: &[u8]| -> Result<Vec<f32>> { Ok(by_onnxruntime(bytes, &[(&z, &class)])?.remove(0)) };
+    let expected = by_tract(&whole.bytes)?;
+    for (precision, size, error) in [(Precision::F16, 0.52, 2e-3), (Precision::Int8, 0.30, 2e-2)] {
+        let exported = export_in(&checkpoint, Kind::Generator, precision)?;
+        let share = exported.bytes.len() as f64 / whole.bytes.len() as f64;
+        ensure!(share <= size, "{precision}: {share} of the size");
+        ensure!(
+            exported.card.dtype == precision.to_string() && exported.card.parameters == whole.card.parameters
+        );
+        let (tract, ort) = (by_tract(&exported.bytes)?, by_ort(&exported.bytes)?);
+        for (engine, got) in [("tract", &tract), ("onnxruntime", &ort)] {
+            let rms = |values: &mut dyn Iterator<Item = f32>| -> f64 {
+                values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+            };
+            let relative =
+                rms(&mut got.iter().zip(&expected).map(|(a, b)| a - b)) / rms(&mut expected.iter().copied());
+            ensure!(relative <= error, "{precision} by {engine}: {relative}");
+            ensure!(relative > 1e-6, "{precision} by {engine}: as if it were f32");
+        }
+        compare(&format!("{precision} by both engines"), &ort, &tract, Tolerance { abs: 1e-3, rel: 0.0 })?;
+    }
     Ok(())
 }
 

@@ -214,12 +214,23 @@ impl Names {
 }
 
 fn node_proto(node: &Node, name: &str, names: &Names) -> NodeProto {
+    let inputs = node.inputs.iter().map(|&edge| names.of(edge).to_owned()).collect();
+    message(node.op, name, inputs, &node.attributes)
+}
+
+/// The message of a node whose result has its name.
+pub fn message(
+    op: &str,
+    name: &str,
+    inputs: Vec<String>,
+    attributes: &[(&'static str, Attribute)],
+) -> NodeProto {
     NodeProto {
-        op_type: node.op.into(),
+        op_type: op.into(),
         name: name.into(),
-        input: node.inputs.iter().map(|&edge| names.of(edge).to_owned()).collect(),
+        input: inputs,
         output: vec![name.into()],
-        attribute: node.attributes.iter().map(|(name, value)| attribute_proto(name, value)).collect(),
+        attribute: attributes.iter().map(|(name, value)| attribute_proto(name, value)).collect(),
         ..Default::default()
     }
 }

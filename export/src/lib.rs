@@ -1,8 +1,8 @@
 //! Turns a checkpoint into one ONNX file by partial evaluation of the network description in core.
 //!
 //! [`weights`] and [`tensors`] read a checkpoint; [`partial`] and [`ops`] run the description on "constant, per-class table or graph
-//! value"; [`graph`] collects the operators and writes the ONNX messages; [`verify`] checks what came out; [`model`]
-//! joins them. [`evaluate`] is the same description on constants alone: the reference that files are compared with.
+//! value"; [`graph`] collects the operators and writes the ONNX messages; [`verify`] checks what came out, [`precision`]
+//! stores its weights smaller; [`model`] joins them. [`evaluate`] is the same description on constants alone: the reference that files are compared with.
 //! No training, no inference engine.
 #![forbid(unsafe_code)]
 
@@ -13,6 +13,7 @@ pub mod locate;
 pub mod model;
 pub mod ops;
 pub mod partial;
+pub mod precision;
 pub mod tensors;
 pub mod verify;
 pub mod weights;
@@ -21,5 +22,6 @@ mod error;
 pub use array::Array;
 pub use dmd_core::card::Kind;
 pub use error::{Error, Result};
-pub use model::{Exported, Summary, export};
+pub use model::{Exported, Summary, export, export_in};
+pub use precision::Precision;
 pub use weights::Checkpoint;

@@ -14,6 +14,7 @@ use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{GraphProto, ModelProto, OperatorSetIdProto, StringStringEntryProto};
 
 use crate::partial::{Exporter, Value};
+use crate::precision::{Precision, store};
 use crate::verify::{Parameters, verify};
 use crate::{Checkpoint, Error, Result};
 
@@ -44,7 +45,7 @@ pub struct Summary {
     pub operators: BTreeMap<String, usize>,
     /// All nodes.
     pub nodes: usize,
-    /// Numbers stored as f32.
+    /// Numbers stored.
     pub parameters: usize,
     /// Numbers in the checkpoint.
     pub checkpoint_parameters: usize,
@@ -54,12 +55,20 @@ pub struct Summary {
     pub bytes: usize,
 }
 
+/// Writes a checkpoint as an ONNX model with f32 weights.
+///
+/// # Errors
+/// See [`export_in`].
+pub fn export(checkpoint: &Checkpoint, kind: Kind) -> Result<Exported> {
+    export_in(checkpoint, kind, Precision::F32)
+}
+
 /// Writes a checkpoint as an ONNX model.
 ///
 /// # Errors
 /// If the checkpoint is of the other kind, does not fit its configuration, or the graph breaks a rule of
 /// [`crate::verify`].
-pub fn export(checkpoint: &Checkpoint, kind: Kind) -> Result<Exported> {
+pub fn export_in(checkpoint: &Checkpoint, kind: Kind, precision: Precision) -> Result<Exported> {
     check_kind(checkpoint, kind)?;
     let mut exporter = Exporter::new(&checkpoint.weights);
     let shape = checkpoint.config.image_shape();
@@ -80,11 +89,12 @@ pub fn export(checkpoint: &Checkpoint, kind: Kind) -> Result<Exported> {
     let Value::Flow(value) = value else {
         return Err(Error::Verify("the output does not depend on the image".into()));
     };
-    let finished = exporter.graph.finish(value.edge, output, &shape);
+    let mut finished = exporter.graph.finish(value.edge, output, &shape);
     let parameters = Parameters { reads: exporter.reads(), stored: &exporter.stored };
     verify(&finished.graph, checkpoint.weights.keys(), &parameters)?;
     let stored = stored_numbers(&finished.graph);
-    let card = card(checkpoint, kind, stored, finished.macs)?;
+    store(&mut finished.graph, precision);
+    let card = ModelCard { dtype: precision.to_string(), ..card(checkpoint, kind, stored, finished.macs)? };
     let operators = count_operators(&finished.graph);
     let nodes = finished.graph.node.len();
     let bytes = encode(finished.graph, &card)?;

@@ -103,6 +103,7 @@ fn wrong_usage_is_refused() -> Result<()> {
     let dir = tempfile::tempdir()?;
     refused(dir.path(), &[], &["<OUT>"])?;
     refused(dir.path(), &["out.onnx", "--fast"], &["--fast"])?;
+    refused(dir.path(), &["out.onnx", "--dtype", "f64"], &["f64", "`f32`, `f16`, `int8`"])?;
     refused(dir.path(), &["out.onnx"], &["no finished run", "--from"])?;
     refused(dir.path(), &["out.onnx", "--from", "nowhere"], &["nowhere"])?;
     refused(dir.path(), &["out.onnx", "--from", "."], &["config.json"])?;

@@ -118,6 +118,7 @@ fn builder(
     let plain = || -> ort::Result<_> {
         Ok(Session::builder(&library.environment)?
             .with_optimization_level(GraphOptimizationLevel::All)?
+            .with_quant_qdq(false)? // 8-bit weights become f32 once, when the file is loaded
             .with_intra_threads(options.threads())?
             .with_inter_threads(1)?)
     };
