@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use dmd_tests::{Finished, fixture, read_text, run_bin};
+use dmd_tests::{Finished, fixture, read_text, refused, run_bin};
 use serde_json::Value;
 
 fn distill(cwd: &Path, args: &[&str]) -> Result<Finished> {
@@ -22,15 +22,6 @@ fn small<'a>(base: &'a str, out: &'a str, steps: &'a str) -> Vec<&'a str> {
 
 fn fixture_path(name: &str) -> Result<String> {
     Ok(fixture(name).to_str().context("the path is not UTF-8")?.to_owned())
-}
-
-/// Exit code 2, nothing on standard output, and an error that says these things.
-fn refused(finished: &Finished, says: &[&str]) -> Result<()> {
-    ensure!(finished.code == Some(2), "got {finished:?}");
-    for text in says {
-        ensure!(finished.stderr.contains(text), "`{text}` is not in: {}", finished.stderr);
-    }
-    Ok(())
 }
 
 #[test]

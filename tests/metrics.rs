@@ -20,7 +20,7 @@ use dmd_distill::metrics::kid::{discrepancy, kid};
 use dmd_distill::metrics::neighbours::neighbours;
 use dmd_distill::network::{Tensors, initial_weights};
 use dmd_tests::seeded::uniform;
-use dmd_tests::{Finished, Golden, compare_scaled, run_bin};
+use dmd_tests::{Finished, Golden, compare_scaled, refused, run_bin};
 use serde_json::{Value, json};
 
 fn near(what: &str, got: f64, expected: f64, relative: f64) -> Result<()> {
@@ -189,14 +189,6 @@ fn scores_get_worse_with_noise_and_blur() -> Result<()> {
 
 fn distill(cwd: &Path, args: &[&str]) -> Result<Finished> {
     run_bin("dmd-distill", cwd, args)
-}
-
-fn refused(finished: &Finished, says: &[&str]) -> Result<()> {
-    ensure!(finished.code == Some(2) && finished.stdout.is_empty(), "got {finished:?}");
-    for text in says {
-        ensure!(finished.stderr.contains(text), "`{text}` is not in: {}", finished.stderr);
-    }
-    Ok(())
 }
 
 /// An untrained network with the bundled base's image shape, as a base or as a generator.

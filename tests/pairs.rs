@@ -11,7 +11,7 @@ use dmd_core::noise;
 use dmd_distill::checkpoint::{Checkpoint, Source};
 use dmd_distill::options::Recipe;
 use dmd_distill::pairs;
-use dmd_tests::{Finished, binary, fixture, read_text, run_bin};
+use dmd_tests::{Finished, binary, fixture, read_text, refused, run_bin};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -22,14 +22,6 @@ fn fixture_path(name: &str) -> Result<String> {
 fn pairs_of(base: &str, cwd: &Path, count: &str, out: &str, more: &[&str]) -> Result<Finished> {
     let args = ["pairs", "--base", base, "--count", count, "--out", out];
     run_bin("dmd-distill", cwd, [&args, more].concat())
-}
-
-fn refused(finished: &Finished, says: &[&str]) -> Result<()> {
-    ensure!(finished.code == Some(2), "got {finished:?}");
-    for text in says {
-        ensure!(finished.stderr.contains(text), "`{text}` is not in: {}", finished.stderr);
-    }
-    Ok(())
 }
 
 fn same(cwd: &Path, folders: [&str; 2], shards: usize) -> Result<()> {

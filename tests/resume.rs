@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
-use dmd_tests::{Finished, binary, fixture, read_text, run_bin};
+use dmd_tests::{Finished, binary, fixture, read_text, refused, run_bin};
 use image::{GrayImage, Luma};
 
 const FILES: [&str; 4] =
@@ -30,14 +30,6 @@ fn small(out: &str, steps: &str) -> Result<Vec<String>> {
 fn run_small(cwd: &Path, out: &str, steps: &str) -> Result<()> {
     let done = run_bin("dmd-distill", cwd, small(out, steps)?)?;
     ensure!(done.code == Some(0), "{done:?}");
-    Ok(())
-}
-
-fn refused(finished: &Finished, says: &[&str]) -> Result<()> {
-    ensure!(finished.code == Some(2), "got {finished:?}");
-    for text in says {
-        ensure!(finished.stderr.contains(text), "`{text}` is not in: {}", finished.stderr);
-    }
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use dmd_distill::base;
 use dmd_distill::checkpoint::{Checkpoint, Source};
 use dmd_distill::network::Tensors;
 use dmd_tests::hub::{COMMIT, COMMIT_2, Files, Hub, NEWER, Served};
-use dmd_tests::{Finished, Golden, binary, fixture, run_bin, seeded};
+use dmd_tests::{Finished, Golden, binary, fixture, refused, run_bin, seeded};
 use serde_json::Value;
 
 const SCHEDULE: &str =
@@ -35,13 +35,6 @@ fn distill(cwd: &Path, hub: &str, environment: &[(&str, &str)], arguments: &[&st
         .output()?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     Ok(Finished { code: output.status.code(), stdout: text(&output.stdout), stderr: text(&output.stderr) })
-}
-
-fn refused(done: &Finished, says: &[&str]) -> Result<()> {
-    ensure!(done.code == Some(2), "{done:?}");
-    let missing = says.iter().find(|text| !done.stderr.contains(**text));
-    ensure!(missing.is_none(), "`{}` is not in: {}", missing.unwrap_or(&""), done.stderr);
-    Ok(())
 }
 
 /// A short run from a base to pictures: distil, export, sample.

@@ -234,6 +234,18 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// A program that refuses what it was asked for: exit code 2, nothing on standard output, and an error that says all this.
+///
+/// # Errors
+/// If it did anything else.
+pub fn refused(finished: &Finished, says: &[&str]) -> Result<()> {
+    ensure!(finished.code == Some(2) && finished.stdout.is_empty(), "got {finished:?}");
+    for text in std::iter::once(&"error: ").chain(says) {
+        ensure!(finished.stderr.contains(text), "`{text}` is not in: {}", finished.stderr);
+    }
+    Ok(())
+}
+
 /// Runs the built binary `name` in the folder `cwd` and waits for it. Standard input is empty.
 ///
 /// # Errors
