@@ -96,7 +96,7 @@ The same bytes came out of repeated runs; another processor may change a last bi
 - Other gradients are 0 in exact arithmetic too: that of a bias before GroupNorm over its channel alone (`up.7.res_blk.conv1.bias`
   of small-celeba), and those of GroupNorm over a single value or of constant images. Goldens have at most 1e-12 there. Over two
   values (`group_norm_c8_g4_1x1`) the gradient is a difference of numbers a thousand times as large and more: PyTorch's own f32 is up
-  to 9e-4 of the largest value away from f64.
+  to 9e-4 of the largest value away from f64; ours is computed in f64.
 - diffusers computes the sinusoidal time embedding in f32 even in f64 networks: at t = 999 its angles are off by up to 6e-5.
 
 ## Files

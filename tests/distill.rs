@@ -31,8 +31,6 @@ const EPS_PRED: Tolerance = Tolerance { abs: 1e-4, rel: 0.0 };
 const ANGLES_IN_F32: f32 = 1e-4;
 /// The key bias of an attention has no effect; its gradient is rounding noise (tests/golden/README.md).
 const WITHOUT_EFFECT: &str = "to_k.bias";
-/// GroupNorm over groups of two values: their gradient is a small difference of large numbers (tests/golden/README.md).
-const PAIRS_OF_VALUES: &str = "group_norm_c8_g4_1x1";
 
 fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
     Ok(tensor.flatten_all()?.to_vec1()?)
@@ -286,8 +284,7 @@ fn run_with(
     for ((name, var), layout) in all.filter(|((name, _), _)| !name.starts_with("running")) {
         let got = grads.get(var).with_context(|| format!("no gradient of {name}"))?;
         let expected = golden.f32(&format!("{case}.grad.{name}"))?;
-        let bound = if case.contains(PAIRS_OF_VALUES) { 1e-3 } else { 1e-5 };
-        compare_gradient(case, name, &flat(&layout.view(got)?)?, &expected, bound)?;
+        compare_gradient(case, name, &flat(&layout.view(got)?)?, &expected, 1e-5)?;
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::images::Images;
 use super::simd::{add_to, lanes, sigmoid, silu_slope, vectorised};
+use crate::ops::FEW_VALUES;
 
 /// Per channel and lane of a group of images: what the channel's values are normalised by.
 struct Statistics {
@@ -54,11 +55,15 @@ pub fn backward(
     d_bias: &mut [f32],
 ) -> Images {
     let pixel = x.pixel();
+    let few = x.c / spec.groups * x.h * x.w <= FEW_VALUES;
     let partial: Vec<(Vec<f32>, Vec<f32>)> = gradient
         .data
         .par_chunks_mut(x.group())
         .zip(x.data.par_chunks(x.group()))
         .map(|(gradient, x)| {
+            if few {
+                return backward_few(spec, x, weight, bias, gradient);
+            }
             vectorised(
                 #[inline(always)]
                 || backward_group(spec, x, weight, bias, gradient, pixel),
@@ -113,6 +118,49 @@ fn backward_group(
     }
     let reduce = |v: &[f32]| v.chunks_exact(lanes()).map(|lanes| lanes.iter().sum()).collect();
     (reduce(&with_x), reduce(&total))
+}
+
+/// [`backward_group`] in f64, one value after the other.
+fn backward_few(
+    spec: &GroupNorm,
+    x: &[f32],
+    weight: &[f32],
+    bias: &[f32],
+    gradient: &mut [f32],
+) -> (Vec<f32>, Vec<f32>) {
+    let (lanes, members) = (lanes(), spec.channels / spec.groups);
+    let (mut d_weight, mut d_bias) = (vec![0.0; spec.channels], vec![0.0; spec.channels]);
+    for (lane, group) in (0..lanes).flat_map(|lane| (0..spec.groups).map(move |group| (lane, group))) {
+        let channels = group * members..(group + 1) * members;
+        let places: Vec<(usize, usize)> = (0..x.len() / (spec.channels * lanes))
+            .flat_map(|pixel| channels.clone().map(move |c| (c, (pixel * spec.channels + c) * lanes + lane)))
+            .collect();
+        let mean_of = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+        let values: Vec<f64> = places.iter().map(|(_, at)| f64::from(x[*at])).collect();
+        let mean = mean_of(&values);
+        let variance = mean_of(&values.iter().map(|v| (v - mean).powi(2)).collect::<Vec<_>>());
+        let scale = 1.0 / (variance + spec.eps).sqrt();
+        let normal: Vec<f64> = values.iter().map(|v| (v - mean) * scale).collect();
+        let mut d_normal = Vec::with_capacity(places.len());
+        for ((c, at), normal) in places.iter().zip(&normal) {
+            let mut d = f64::from(gradient[*at]);
+            if spec.silu {
+                let v = normal * f64::from(weight[*c]) + f64::from(bias[*c]);
+                let s = 1.0 / (1.0 + (-v).exp());
+                d *= s * (1.0 + v * (1.0 - s));
+            }
+            d_weight[*c] += d * normal;
+            d_bias[*c] += d;
+            d_normal.push(d * f64::from(weight[*c]));
+        }
+        let mean_d = mean_of(&d_normal);
+        let mean_dx = mean_of(&d_normal.iter().zip(&normal).map(|(d, normal)| d * normal).collect::<Vec<_>>());
+        for (((_, at), normal), d) in places.iter().zip(&normal).zip(&d_normal) {
+            gradient[*at] = (scale * (d - mean_d - normal * mean_dx)) as f32;
+        }
+    }
+    let single = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect();
+    (single(d_weight), single(d_bias))
 }
 
 /// Mean and deviation of one group of images. Both are taken relative to the first value, so that constant channels

@@ -4,6 +4,8 @@
 use candle_core::{D, DType, Result, Tensor};
 use dmd_core::net::{Activation, BatchNorm, Conv2d, GroupNorm, Pool};
 
+use super::FEW_VALUES;
+
 /// See [`dmd_core::net::Ops::conv2d`]. What a stride leaves unread is cut off, because candle's gradient has the wrong
 /// shape otherwise.
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, spec: Conv2d) -> Result<Tensor> {
@@ -24,10 +26,13 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, spec: Conv2d) -> Resul
 /// See [`dmd_core::net::Ops::group_norm`].
 pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, spec: GroupNorm) -> Result<Tensor> {
     let (n, c, h, w) = x.dims4()?;
-    let grouped = x.to_dtype(DType::F32)?.reshape((n, spec.groups, c / spec.groups * h * w))?;
+    let count = c / spec.groups * h * w;
+    let precise = if count <= FEW_VALUES { DType::F64 } else { DType::F32 };
+    let grouped = x.to_dtype(precise)?.reshape((n, spec.groups, count))?;
     let centred = grouped.broadcast_sub(&grouped.mean_keepdim(2)?)?;
     let variance = centred.sqr()?.mean_keepdim(2)?;
     let normal = centred.broadcast_div(&(variance + spec.eps)?.sqrt()?)?.reshape((n, c, h, w))?;
+    let normal = normal.to_dtype(DType::F32)?;
     let y = normal.broadcast_mul(&per_channel(weight)?)?.broadcast_add(&per_channel(bias)?)?;
     let y = if spec.silu { y.silu()? } else { y };
     y.to_dtype(x.dtype())

@@ -14,6 +14,10 @@ use dmd_core::net::{
 
 use crate::statistics::BatchStatistics;
 
+/// GroupNorm over at most so many values gets its gradient in f64, here and in [`crate::cpu`]: it is a small difference of
+/// large numbers. Of two values, nothing but the part of `eps` in the variance is left.
+pub const FEW_VALUES: usize = 8;
+
 /// What can go wrong while a network runs.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
