@@ -210,7 +210,8 @@ fn cost(options: &DistillOptions, base: &Checkpoint, summary: &shapes::Summary, 
     let (mut generator, mut generator_kept, mut critic, mut critic_kept) = (0.0, 0.0, 0.0, 0.0);
     let updates = options.fake_updates as f64;
     if options.has_critic() {
-        let matching = if options.dm_weight > 0.0 { 2.0 + guided } else { 0.0 };
+        let draws = if options.dm_weight > 0.0 { options.dm_draws as f64 } else { 0.0 };
+        let matching = draws * (2.0 + guided);
         (generator, generator_kept) = (3.0 + matching, 1.0);
         (critic, critic_kept) = (3.0 * updates + (updates - 1.0), 1.0);
     }
@@ -221,7 +222,8 @@ fn cost(options: &DistillOptions, base: &Checkpoint, summary: &shapes::Summary, 
     if options.pairs > 0 {
         let (shape, range) = (base.config.image_shape(), base.config.range());
         let (multiply_adds, kept) = Regression::load(&options.reg, shape, range, &Device::Cpu)?.cost()?;
-        generator += 3.0 + 3.0 * multiply_adds as f64 / summary.total_macs().max(1) as f64;
+        let distance = 3.0 * multiply_adds as f64 / summary.total_macs().max(1) as f64;
+        generator += options.reg_until * (3.0 + distance);
         generator_kept += 1.0 + kept as f64 / summary.activations.max(1) as f64;
     }
     Ok(Cost { passes: generator + critic, kept: generator_kept.max(critic_kept) })

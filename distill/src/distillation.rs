@@ -184,8 +184,7 @@ impl<'a> Distillation<'a> {
     /// What the generator minimises: distribution matching on fresh noise, regression on pairs, DMD2's adversarial loss.
     pub fn generator_loss(&self, draws: &GeneratorDraws) -> Result<(Tensor, Update)> {
         let (o, class) = (self.options, draws.input.class.as_ref());
-        let generate =
-            |input: &Input| self.generator.one_step(&self.one_step, &input.z, input.class.as_ref());
+        let generate = |input: &Input| self.generate(&self.generator, input);
         let x_ref = draws.pairs.as_ref().map(|pairs| generate(&pairs.input)).transpose()?;
         let x_gen = match (&x_ref, o.has_critic()) {
             (Some(x_ref), false) => x_ref.clone(),
@@ -214,22 +213,39 @@ impl<'a> Distillation<'a> {
         Ok((Tensor::stack(&terms, 0)?.sum_all()?, update))
     }
 
+    /// Images as the losses see them.
+    fn generate(&self, generator: &Network, input: &Input) -> Result<Tensor> {
+        let x = generator.one_step(&self.one_step, &input.z, input.class.as_ref())?;
+        if !self.options.clamp {
+            return Ok(x);
+        }
+        let [low, high] = self.dice.range;
+        let outside = (x.detach().clamp(low, high)? - x.detach())?;
+        Ok((x + outside)?)
+    }
+
     fn levels(&self, noise: &Noise) -> Result<NoiseLevels> {
         NoiseLevels::new(&self.schedule, &noise.t, &self.dice.device)
     }
 
-    /// Eq. 7 and 8 at noisy versions of generated images.
+    /// Eq. 7 and 8 at noisy versions of generated images: the mean over as many draws of noise per image as there are.
     pub fn matching_gradient(&self, x_gen: &Tensor, class: Option<&Tensor>, noise: &Noise) -> Result<Tensor> {
+        let draws = noise.t.len() / x_gen.dims()[0];
+        let repeated = |x: &Tensor| Tensor::cat(&vec![x; draws], 0);
+        let (x_gen, class) = (&repeated(x_gen)?, class.map(repeated).transpose()?);
+        let class = class.as_ref();
         let levels = self.levels(noise)?;
         let x_t = levels.noisy(x_gen, &noise.eps)?;
         let real = self.teacher.predict_guided(&x_t, &levels.t, class, self.guidance)?;
         let fake = self.fake_view.predict(&x_t, &levels.t, class)?;
         let (x0_real, x0_fake) = (levels.x0(&x_t, &real)?, levels.x0(&x_t, &fake)?);
         let gradient = losses::distribution_matching_gradient(x_gen, &x0_real, &x0_fake)?;
-        match self.options.dm_alpha_factor {
-            true => Ok(gradient.broadcast_mul(&levels.alpha_t)?),
-            false => Ok(gradient),
-        }
+        let gradient = match self.options.dm_alpha_factor {
+            true => gradient.broadcast_mul(&levels.alpha_t)?,
+            false => gradient,
+        };
+        let [c, h, w] = self.dice.image;
+        Ok(gradient.reshape((draws, (), c, h, w))?.mean(0)?)
     }
 
     /// Algorithm 1, lines 14 to 17; adds to the means of the update that it follows.
@@ -246,8 +262,7 @@ impl<'a> Distillation<'a> {
         let (x_gen, class) = match &draws.input {
             None => (update.x_gen.clone(), update.class.clone()),
             Some(input) => {
-                let class = input.class.as_ref();
-                (self.generator_view.one_step(&self.one_step, &input.z, class)?, class.cloned())
+                (self.generate(&self.generator_view, input)?, input.class.clone())
             }
         };
         let (levels, eps) = (self.levels(&draws.noise)?, &draws.noise.eps);

@@ -57,7 +57,7 @@ pub struct RealBatch {
 pub struct GeneratorDraws {
     /// For distribution matching and the adversarial loss.
     pub input: Input,
-    /// Where distributions are matched.
+    /// Where distributions are matched: for all images, then for all again, as often as the options say.
     pub matching: Noise,
     /// For the regression loss.
     pub pairs: Option<PairBatch>,
@@ -98,14 +98,14 @@ impl Dice<'_> {
         let mut random = Random::new(o.seed, Purpose::Generator, step);
         let input = self.input(&mut random)?;
         let [from, to] = self.matching_steps();
-        let matching = self.noise(&mut random, from, to, o.batch)?;
+        let matching = self.noise(&mut random, from, to, o.dm_draws * o.batch)?;
         let pairs = match &material.pairs {
-            None => None,
-            Some(pairs) => {
+            Some(pairs) if o.regresses(step) => {
                 let indices: Vec<usize> = (0..o.batch).map(|_| random.below(pairs.count())).collect();
                 let (z, y, class) = pairs.batch(&indices, &self.device)?;
                 Some(PairBatch { input: Input { z, class }, y })
             }
+            _ => None,
         };
         let adversarial = match o.gan_weight > 0.0 {
             false => None,

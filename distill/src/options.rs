@@ -169,6 +169,13 @@ pub struct Recipe {
     /// Keep the factor alpha_t of the paper's Eq. 7, which its Algorithm 2 drops
     #[arg(long, num_args = 0..=1, default_missing_value = "true")]
     pub dm_alpha_factor: Option<bool>,
+    /// Noise levels and noises at which each generated image is matched per update [default: 1]
+    #[arg(long, value_name = "N")]
+    pub dm_draws: Option<usize>,
+    /// Let the losses see generated images as they are shown: clamped to the range of real ones, with the gradient passed
+    /// straight through [default: false]
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    pub clamp: Option<bool>,
     /// First step of distribution matching, as a share of all steps [default: 0.02]
     #[arg(long, value_name = "X")]
     pub t_min: Option<f64>,
@@ -183,6 +190,10 @@ pub struct Recipe {
     /// the linear weights of the package lpips for it [default: l2]
     #[arg(long, value_name = "l2|huber|classifier[:DIR]|lpips:DIR")]
     pub reg: Option<Distance>,
+    /// Share of the updates after which the regression loss is left out, so that distribution matching sharpens what regression
+    /// has averaged [default: 1]
+    #[arg(long, value_name = "X")]
+    pub reg_until: Option<f64>,
     /// Weight of the adversarial loss in the generator's; 0 trains without real images [default: 0; dmd2: 3e-3]
     #[arg(long, value_name = "X")]
     pub gan_weight: Option<f64>,
@@ -315,9 +326,12 @@ impl Recipe {
             data: self.data.or(other.data),
             dm_weight: self.dm_weight.or(other.dm_weight),
             dm_alpha_factor: self.dm_alpha_factor.or(other.dm_alpha_factor),
+            dm_draws: self.dm_draws.or(other.dm_draws),
+            clamp: self.clamp.or(other.clamp),
             t_min: self.t_min.or(other.t_min),
             t_max: self.t_max.or(other.t_max),
             reg: self.reg.or(other.reg),
+            reg_until: self.reg_until.or(other.reg_until),
             gan_weight: self.gan_weight.or(other.gan_weight),
             gan_weight_fake: self.gan_weight_fake.or(other.gan_weight_fake),
             train_steps: self.train_steps.or(other.train_steps),
@@ -391,9 +405,12 @@ impl Recipe {
             },
             dm_weight: self.dm_weight.unwrap_or(1.0),
             dm_alpha_factor: self.dm_alpha_factor.unwrap_or(false),
+            dm_draws: self.dm_draws.unwrap_or(1),
+            clamp: self.clamp.unwrap_or(false),
             t_min: self.t_min.unwrap_or(0.02),
             t_max: self.t_max.unwrap_or(0.98),
             reg: self.reg.unwrap_or(Distance::L2).absolute()?,
+            reg_until: self.reg_until.unwrap_or(1.0),
             gan_weight,
             gan_weight_fake: self.gan_weight_fake.unwrap_or(1e-2),
             pairs_dir: std::path::absolute(&pairs_dir).map_err(Error::file("find", &pairs_dir))?,
@@ -461,7 +478,8 @@ fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
         ),
         (o.clip >= 0.0, "`--clip` must not be negative"),
         (o.samples > 0, "`--samples` must be at least 1"),
-        (o.fake_updates > 0, "`--fake-updates` must be at least 1"),
+        (o.fake_updates > 0 && o.dm_draws > 0, "`--fake-updates` and `--dm-draws` must be at least 1"),
+        ((0.0..=1.0).contains(&o.reg_until), "`--reg-until` lies between 0 and 1"),
         (
             o.lr > 0.0 && o.lr < 1.0 && o.lr_fake > 0.0 && o.lr_fake < 1.0,
             "learning rates lie between 0 and 1",

@@ -97,6 +97,12 @@ pub struct DistillOptions {
     pub dm_weight: f64,
     /// Whether the matching gradient keeps the factor `alpha_t` of Eq. 7.
     pub dm_alpha_factor: bool,
+    /// Noisy versions of each generated image at which distributions are matched.
+    #[serde(default = "one")]
+    pub dm_draws: usize,
+    /// Whether the losses see generated images clamped to the range of real ones.
+    #[serde(default)]
+    pub clamp: bool,
     /// First and last step of distribution matching, as shares of all.
     pub t_min: f64,
     /// See `t_min`.
@@ -105,6 +111,9 @@ pub struct DistillOptions {
     pub lambda_reg: f64,
     /// Distance of the regression loss.
     pub reg: Distance,
+    /// Share of the updates that have the regression loss.
+    #[serde(default = "all")]
+    pub reg_until: f64,
     /// Weight of the adversarial loss in the generator's; 0 trains without real images.
     pub gan_weight: f64,
     /// Weight of the discriminator's loss in the critic's.
@@ -133,7 +142,21 @@ pub struct DistillOptions {
     pub samples: usize,
 }
 
+// Runs of version 0.1.0 that were begun before these options existed.
+fn one() -> usize {
+    1
+}
+
+fn all() -> f64 {
+    1.0
+}
+
 impl DistillOptions {
+    /// Whether update number `step` has the regression loss.
+    pub fn regresses(&self, step: u64) -> bool {
+        (step as f64) < self.reg_until * self.train_steps as f64
+    }
+
     /// Whether any loss of the generator needs the critic; regression alone does not.
     pub fn has_critic(&self) -> bool {
         self.dm_weight > 0.0 || self.gan_weight > 0.0
