@@ -28,7 +28,9 @@ fn fixture_path(name: &str) -> Result<String> {
 fn a_run_leaves_a_generator_and_pictures() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let base = fixture_path("tiny-class")?;
-    let done = distill(folder.path(), &small(&base, "run", "4"))?;
+    let mut args = small(&base, "run", "4");
+    args.extend(["--reg-until", "0.5", "--clamp", "--dm-draws", "2"]);
+    let done = distill(folder.path(), &args)?;
     ensure!(done.code == Some(0), "{done:?}");
     let run = folder.path().join("run");
     for file in [
@@ -53,6 +55,8 @@ fn a_run_leaves_a_generator_and_pictures() -> Result<()> {
     ensure!(stats.len() == 4, "{} lines", stats.len());
     let first = &stats[0];
     ensure!(first["dm"].as_f64() == Some(0.0), "critic and teacher start equal: {first}");
+    let regresses: Vec<bool> = stats.iter().map(|s| s["reg"].as_f64().is_some_and(|v| v > 0.0)).collect();
+    ensure!(regresses == [true, true, false, false], "{regresses:?}");
     ensure!(stats.iter().all(|s| s["fake"].as_f64().is_some_and(|v| v > 0.0)), "{stats:?}");
     let generator: Value = serde_json::from_str(&read_text(&run.join("generator/generator.json"))?)?;
     ensure!(generator["t_gen"] == 440, "{generator}");

@@ -261,9 +261,7 @@ impl<'a> Distillation<'a> {
         let updates = self.options.fake_updates as f64;
         let (x_gen, class) = match &draws.input {
             None => (update.x_gen.clone(), update.class.clone()),
-            Some(input) => {
-                (self.generate(&self.generator_view, input)?, input.class.clone())
-            }
+            Some(input) => (self.generate(&self.generator_view, input)?, input.class.clone()),
         };
         let (levels, eps) = (self.levels(&draws.noise)?, &draws.noise.eps);
         let prediction = self.fake.predict(&levels.noisy(&x_gen, eps)?, &levels.t, class.as_ref())?;

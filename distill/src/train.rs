@@ -402,7 +402,8 @@ fn finished(
         "method": o.method, "steps": step, "steps_trained": o.train_steps, "images": images, "batch": o.batch, "lr": o.lr,
         "lr_fake": o.lr_fake, "lambda_reg": o.lambda_reg, "pairs": o.pairs, "pair_steps": o.pair_steps,
         "fake_updates": o.fake_updates, "ema": o.ema, "guidance": o.guidance, "second_stage": o.init.is_some(),
-        "dm_weight": o.dm_weight, "gan_weight": o.gan_weight, "gan_weight_fake": o.gan_weight_fake, "reg": o.reg, "seed": o.seed,
+        "dm_weight": o.dm_weight, "gan_weight": o.gan_weight, "gan_weight_fake": o.gan_weight_fake, "reg": o.reg, "reg_until": o.reg_until,
+        "dm_draws": o.dm_draws, "clamp": o.clamp, "seed": o.seed,
     });
     let kid = monitor.best.filter(|(_, at)| *at == step).map(|(kid, _)| ("kid".to_owned(), json!(kid)));
     let metrics = kid.into_iter().collect();

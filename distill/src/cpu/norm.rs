@@ -154,7 +154,8 @@ fn backward_few(
             d_normal.push(d * f64::from(weight[*c]));
         }
         let mean_d = mean_of(&d_normal);
-        let mean_dx = mean_of(&d_normal.iter().zip(&normal).map(|(d, normal)| d * normal).collect::<Vec<_>>());
+        let mean_dx =
+            mean_of(&d_normal.iter().zip(&normal).map(|(d, normal)| d * normal).collect::<Vec<_>>());
         for (((_, at), normal), d) in places.iter().zip(&normal).zip(&d_normal) {
             gradient[*at] = (scale * (d - mean_d - normal * mean_dx)) as f32;
         }
