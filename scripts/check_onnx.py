@@ -5,7 +5,7 @@ For each FILE: onnx.checker with full shape inference; the contract's inputs and
 evaluator against onnxruntime at batches 1, 2 and 7, or the file's fixed one, with graph optimisation off and on; that
 an image does not depend on the others in its batch; that the output `image` is `x_gen` rounded by the contract's
 formula, to the bit; and, with --golden, the outputs stored in a safetensors file under the names of the graph's inputs
-and outputs (`timesteps` also counts as `t`).
+and outputs (`timesteps` also counts as `t`), such as `dmd-export --golden` writes.
 
 Needs onnx, onnxruntime and numpy. The reference evaluator has DequantizeLinear, of int8 files, from opset 19 on. Exit status: 0 all agree, 1 a difference, 2 wrong usage or input.
 """

@@ -194,12 +194,17 @@ fn a_form_that_cannot_be_had_is_refused_and_writes_nothing() -> Result<()> {
         (&["m.onnx", "--opset", "23"], "got opset 23, expected 13 to 22"),
         (&["m.onnx", "--batch", "0"], "0 is not in 1.."),
         (&["m.onnx", "--dtype", "f64"], "got `f64`"),
-        (&["missing/m.onnx"], "there is no directory `missing`"),
+        (&["missing/m.onnx", "--golden"], "there is no directory `missing`"),
     ] {
         refused(&export_cli(dir.path(), args)?, &[message])?;
     }
     let image = run_bin("dmd-export", dir.path(), [&["m.onnx", "--image"][..], &teacher].concat())?;
     refused(&image, &["no output `image`", "leave out --image"])?;
-    ensure!(std::fs::read_dir(dir.path())?.count() == 0, "something was written");
+    std::fs::write(dir.path().join("m.golden.safetensors"), "mine")?;
+    refused(
+        &export_cli(dir.path(), &["m.onnx", "--golden"])?,
+        &["cannot write `m.golden.safetensors`: it exists"],
+    )?;
+    ensure!(std::fs::read_dir(dir.path())?.count() == 1, "something was written");
     Ok(())
 }

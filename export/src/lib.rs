@@ -3,13 +3,14 @@
 //! [`weights`] and [`tensors`] read a checkpoint; [`partial`] and [`ops`] run the description on "constant, per-class table or graph
 //! value"; [`graph`] collects the operators and writes the ONNX messages; [`verify`] checks what came out, [`precision`]
 //! stores its weights smaller, [`external`] in a file of their own; [`model`] joins them. [`evaluate`] is the same description on
-//! constants alone: the reference that files are compared with.
+//! constants alone: the reference of [`golden`] files.
 //! No training, no inference engine.
 #![forbid(unsafe_code)]
 
 pub mod array;
 pub mod evaluate;
 pub mod external;
+pub mod golden;
 pub mod graph;
 pub mod locate;
 pub mod model;

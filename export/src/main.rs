@@ -8,8 +8,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use dmd_core::golden::EXTENSION;
 use dmd_export::locate::locate;
-use dmd_export::{Checkpoint, Error, External, Form, Kind, Precision, Summary, export_in};
+use dmd_export::{Checkpoint, Error, External, Form, Kind, Precision, Summary, export_in, golden};
 
 use crate::write::{File, write};
 
@@ -45,6 +46,10 @@ struct Arguments {
     /// Put the weights into OUT.data beside OUT; without this, only if the file would exceed ONNX's 2 GB
     #[arg(long)]
     external_data: bool,
+    /// Write OUT's expected outputs beside it, as NAME.golden.safetensors, for `dmd-run verify`: 8 images of seed 0 by a
+    /// plain evaluation of the network, which does about half a billion multiply-accumulate operations per second and core
+    #[arg(long)]
+    golden: bool,
     /// Replace files that exist
     #[arg(long)]
     force: bool,
@@ -61,6 +66,7 @@ Examples:
   dmd-export model.onnx                             the generator of the newest run
   dmd-export model.onnx --from runs/fashion         the generator of that run
   dmd-export small.onnx --dtype int8                a quarter of the size
+  dmd-export model.onnx --golden && dmd-run verify model.onnx
   dmd-export npu.onnx --batch 1 --image             fixed shapes, pictures as bytes
   dmd-export base.onnx --from assets/ddpm-fashion --teacher
   dmd-run model.onnx --seed 7 -o images.png         try it
@@ -84,10 +90,11 @@ fn run(arguments: &Arguments) -> Result<()> {
     if out.extension().is_none_or(|e| e != "onnx") {
         bail!("cannot write `{}`: the name must end in `.onnx`", out.display());
     }
+    let golden_path = out.with_extension(EXTENSION);
     let mut data_path = out.clone().into_os_string();
     data_path.push(".data");
     let data_path = PathBuf::from(data_path);
-    let targets = [(out, true), (&data_path, arguments.external_data)];
+    let targets = [(out, true), (&golden_path, arguments.golden), (&data_path, arguments.external_data)];
     let taken = targets.iter().find(|(path, written)| *written && path.exists());
     if let (Some((path, _)), false, false) = (taken, arguments.force, arguments.dry_run) {
         bail!("cannot write `{}`: it exists\n\nhint: add --force to replace it", path.display());
@@ -109,6 +116,10 @@ fn run(arguments: &Arguments) -> Result<()> {
     eprint!("{}", describe(&exported.summary, &dir, out, arguments.dry_run));
     if !arguments.dry_run {
         let mut files = Vec::new();
+        if arguments.golden {
+            let bytes = golden::file(&checkpoint, &exported).with_context(cannot)?;
+            files.push(File { path: golden_path, bytes });
+        }
         files.extend(exported.data.map(|bytes| File { path: data_path, bytes }));
         files.push(File { path: out.clone(), bytes: exported.bytes });
         write(&files, arguments.force)?;

@@ -10,6 +10,7 @@ pub mod generator;
 #[cfg(feature = "ort")]
 pub mod library;
 pub mod providers;
+pub mod verify;
 
 mod error;
 mod external;
