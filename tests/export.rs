@@ -10,7 +10,7 @@ use dmd_core::net::shapes::summarise;
 use dmd_core::net::{Conv2d, Ops};
 use dmd_core::schedule::Prediction;
 use dmd_export::partial::{Exporter, Known, Value};
-use dmd_export::{Array, Checkpoint, Form, Kind, Precision, evaluate, export, export_in};
+use dmd_export::{Array, Checkpoint, Form, Kind, Precision, evaluate, export, export_in, golden};
 use dmd_runtime_native::{Batch, ModelFile, Options, Provider};
 use dmd_tests::operations::Operation;
 use dmd_tests::{Golden, compare, fixture, seeded};
@@ -360,6 +360,32 @@ fn smaller_files_draw_the_same_images() -> Result<()> {
             ensure!(relative > 1e-6, "{precision} by {engine}: as if it were f32");
         }
         compare(&format!("{precision} by both engines"), &ort, &tract, Tolerance { abs: 1e-3, rel: 0.0 })?;
+    }
+    Ok(())
+}
+
+/// By tract on the images that the exporter measures; with merged BatchNorm, transposed convolutions and bias tables.
+#[test]
+fn the_card_says_what_a_precision_costs() -> Result<()> {
+    let bundled = Checkpoint::load(&dmd_tests::repository().join("assets/one-step-fashion"))?;
+    for checkpoint in reference_networks()?.into_iter().chain([bundled]) {
+        let exact = golden::reference(&checkpoint, Kind::Generator, 4)?;
+        let mut feed = tvec![tensor(&exact.x)?];
+        feed.extend(exact.class.as_deref().map(class_tensor).transpose()?);
+        for precision in [Precision::F16, Precision::Int8] {
+            let name = format!("{} in {precision}", checkpoint.provenance.name);
+            let form = Form { precision, ..Form::default() };
+            let exported = export_in(&checkpoint, Kind::Generator, &form)?;
+            let got = run(&exported.bytes, vec![feed.clone()])?.remove(0);
+            let squares =
+                |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+            let error = squares(&mut got.iter().zip(&exact.output.data).map(|(g, e)| g - e));
+            let relative = (error / squares(&mut exact.output.data.iter().copied())).sqrt();
+            let card = &exported.card.provenance.metrics[&precision.to_string()];
+            let recorded = card["rms_relative"].as_f64().context("rms_relative")?;
+            ensure!((0.95..1.05).contains(&(recorded / relative)), "{name}: {relative}, card {recorded}");
+        }
+        ensure!(export(&checkpoint, Kind::Generator)?.card.provenance == checkpoint.provenance);
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! [`weights`] and [`tensors`] read a checkpoint; [`partial`] and [`ops`] run the description on "constant, per-class table or graph
 //! value"; [`graph`] collects the operators and writes the ONNX messages; [`verify`] checks what came out, [`precision`]
 //! stores its weights smaller, [`external`] in a file of their own; [`model`] joins them. [`evaluate`] is the same description on
-//! constants alone: the reference of [`golden`] files.
+//! constants alone: the reference of [`golden`] files, and of [`measure`], which says what a precision costs.
 //! No training, no inference engine.
 #![forbid(unsafe_code)]
 
@@ -13,6 +13,7 @@ pub mod external;
 pub mod golden;
 pub mod graph;
 pub mod locate;
+pub mod measure;
 pub mod model;
 pub mod ops;
 pub mod partial;

@@ -18,7 +18,7 @@ use crate::graph::Output;
 use crate::partial::{Exporter, Value};
 use crate::precision::{Precision, store};
 use crate::verify::{Parameters, verify};
-use crate::{Checkpoint, Error, Result, pixels};
+use crate::{Checkpoint, Error, Result, measure, pixels};
 
 /// Version of the operator set where none is asked for.
 pub const OPSET: i64 = 18;
@@ -105,8 +105,12 @@ pub fn export_in(checkpoint: &Checkpoint, kind: Kind, form: &Form) -> Result<Exp
     let parameters = Parameters { reads: exporter.reads(), stored: &exporter.stored };
     verify(&finished.graph, checkpoint.weights.keys(), &parameters)?;
     let stored = stored_numbers(&finished.graph);
+    let mut card = card(checkpoint, kind, stored, finished.macs)?;
+    card.dtype = form.precision.to_string();
+    if let Some(error) = measure::precision(checkpoint, kind, &finished, form.precision)? {
+        card.provenance.metrics.insert(card.dtype.clone(), error);
+    }
     store(&mut finished.graph, form.precision);
-    let card = ModelCard { dtype: form.precision.to_string(), ..card(checkpoint, kind, stored, finished.macs)? };
     let operators = count_operators(&finished.graph);
     let nodes = finished.graph.node.len();
     let (bytes, data) = encode(finished.graph, &card, form)?;
