@@ -2,11 +2,12 @@
 """Check exported ONNX files with tools that share no code with the exporter.
 
 For each FILE: onnx.checker with full shape inference; the contract's inputs and outputs; the ONNX reference
-evaluator against onnxruntime at batches 1, 2 and 7, with graph optimisation off and on; that an image does not
-depend on the others in its batch; and, with --golden, the outputs stored in a safetensors file under the names of
-the graph's inputs and outputs (`timesteps` also counts as `t`).
+evaluator against onnxruntime at batches 1, 2 and 7, or the file's fixed one, with graph optimisation off and on; that
+an image does not depend on the others in its batch; that the output `image` is `x_gen` rounded by the contract's
+formula, to the bit; and, with --golden, the outputs stored in a safetensors file under the names of the graph's inputs
+and outputs (`timesteps` also counts as `t`), such as `dmd-export --golden` writes.
 
-Needs onnx, onnxruntime and numpy, and safetensors for --golden. Exit status: 0 all agree, 1 a difference, 2 wrong usage or input.
+Needs onnx, onnxruntime and numpy. The reference evaluator has DequantizeLinear, of int8 files, from opset 19 on. Exit status: 0 all agree, 1 a difference, 2 wrong usage or input.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def check(path, golden, tolerance):
         inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise Difference(f"onnx.checker: {error}") from error
-    card = contract(model)
+    card, fixed = contract(model)
     opset = ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import)
     if any(o.domain for o in model.opset_import):
         raise Difference(f"opset {opset}: expected the default domain only")
@@ -95,12 +96,14 @@ def check(path, golden, tolerance):
         return worst
 
     single = None
-    for batch in BATCHES:
+    for batch in BATCHES if fixed is None else (fixed,):
         feed = random_feed(numpy, card, batch)
         expected = attempt(f"batch {batch}, reference evaluator", reference.run, None, feed)[0]
         worst = {}
         for name, session in sessions.items():
-            got = attempt(f"batch {batch}, optimisation {name}", session.run, None, feed)[0]
+            got, *image = attempt(f"batch {batch}, optimisation {name}", session.run, None, feed)
+            if image and (image[0] != pixels(numpy, card, got)).any():
+                raise Difference(f"batch {batch}, optimisation {name}: `image` is not `x_gen` rounded")
             worst[name] = compare(f"batch {batch}, optimisation {name}, reference evaluator", got, expected)
             if single is not None:
                 compare(f"first image of batch {batch}, optimisation {name}", got[:1], single)
@@ -109,20 +112,33 @@ def check(path, golden, tolerance):
         yield f"batch {batch}: onnxruntime and reference evaluator differ by {text}"
 
     if golden:
-        from safetensors.numpy import load_file
-
-        tensors = load_file(golden)
+        tensors = stored_tensors(numpy, golden)
         tensors.setdefault("t", tensors.get("timesteps"))
         names = [i.name for i in model.graph.input]
         output = model.graph.output[0].name
         if missing := [name for name in [*names, output] if name not in tensors]:
             raise ValueError(f"`{golden}` has no tensor {', '.join(f'`{m}`' for m in missing)}")
         types = {"tensor(float)": numpy.float32, "tensor(int64)": numpy.int64}
-        feed = {i.name: tensors[i.name].astype(types[i.type]) for i in sessions["all"].get_inputs()}
+        if fixed is not None and fixed > len(tensors[output]):
+            raise ValueError(f"`{golden}` has {len(tensors[output])} images, the file takes {fixed} at once")
+        feed = {i.name: tensors[i.name][:fixed].astype(types[i.type]) for i in sessions["all"].get_inputs()}
         for name, session in sessions.items():
             got = attempt(f"golden, optimisation {name}", session.run, None, feed)[0]
-            worst = compare(f"golden, optimisation {name}", got, tensors[output])
+            worst = compare(f"golden, optimisation {name}", got, tensors[output][:fixed])
             yield f"golden `{output}`: differ by {worst:.1e} with optimisation {name}"
+
+
+def stored_tensors(numpy, path):
+    """Tensors of a safetensors file by name: length of the header, JSON, values."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        values = file.read()
+    types = {"F32": numpy.float32, "F64": numpy.float64, "I64": numpy.int64}
+    header.pop("__metadata__", None)
+    return {
+        name: numpy.frombuffer(values[slice(*t["data_offsets"])], types[t["dtype"]]).reshape(t["shape"])
+        for name, t in header.items()
+    }
 
 
 def attempt(what, function, *arguments):
@@ -134,7 +150,7 @@ def attempt(what, function, *arguments):
 
 
 def contract(model):
-    """Check names, types and shapes of inputs and output against the model card; return the card."""
+    """Check names, types and shapes of inputs and outputs against the model card; return it and the fixed batch."""
     import onnx
 
     metadata = {p.key: p.value for p in model.metadata_props}
@@ -143,12 +159,17 @@ def contract(model):
     card = json.loads(metadata["dmd.card"])
     image = [card["image"][side] for side in ("channels", "height", "width")]
     inputs, output = TENSORS[card["kind"]]
-    batch, real, integer = "n", onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    real, integer = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    first = model.graph.input[0].type.tensor_type.shape.dim[0]
+    batch = first.dim_value or "n"
     expected = {inputs[0]: (real, [batch, *image]), output: (real, [batch, *image])}
     if "t" in inputs:
         expected["t"] = (real, [batch])
     if card.get("classes"):
         expected["class"] = (integer, [batch])
+    if any(value.name == "image" for value in model.graph.output):
+        channels, height, width = image
+        expected["image"] = (onnx.TensorProto.UINT8, [batch, height, width, channels])
     got = {}
     for value in [*model.graph.input, *model.graph.output]:
         kind = value.type.tensor_type
@@ -157,7 +178,14 @@ def contract(model):
         raise Difference(f"inputs and outputs: got {got}, expected {expected}")
     if model.graph.value_info:
         raise Difference("value_info is not empty")
-    return card
+    return card, first.dim_value or None
+
+
+def pixels(numpy, card, x_gen):
+    """Bytes of images, as docs/onnx.md rounds them."""
+    low, high = map(numpy.float32, card["image"]["range"])
+    share = numpy.clip((x_gen - low) / (high - low), numpy.float32(0), numpy.float32(1))
+    return numpy.floor(share * numpy.float32(255) + numpy.float32(0.5)).astype(numpy.uint8).transpose(0, 2, 3, 1)
 
 
 def random_feed(numpy, card, batch):

@@ -10,7 +10,7 @@ use dmd_core::net::shapes::summarise;
 use dmd_core::net::{Conv2d, Ops};
 use dmd_core::schedule::Prediction;
 use dmd_export::partial::{Exporter, Known, Value};
-use dmd_export::{Array, Checkpoint, Kind, Precision, evaluate, export, export_in};
+use dmd_export::{Array, Checkpoint, Form, Kind, Precision, evaluate, export, export_in, golden};
 use dmd_runtime_native::{Batch, ModelFile, Options, Provider};
 use dmd_tests::operations::Operation;
 use dmd_tests::{Golden, compare, fixture, seeded};
@@ -163,18 +163,18 @@ fn generators_of_every_prediction_make_the_image_it_implies() -> Result<()> {
     Ok(())
 }
 
-/// Networks and weights of `scripts/golden_bases.py`, whose own outputs tests/bases.rs compares with PyTorch.
-#[test]
-fn folded_equals_unfolded_for_the_reference_networks() -> Result<()> {
+/// Generators of two networks of `scripts/golden_bases.py`.
+fn reference_networks() -> Result<Vec<Checkpoint>> {
     let golden = Golden::load("bases")?;
-    for (case, t_gen, schedule) in [
+    let cases = [
         ("small-mnist", 180, r#"{"num_train_timesteps": 400}"#),
         ("small-celeba", 30, r#"{"num_train_timesteps": 50}"#),
-    ] {
+    ];
+    let checkpoint = |(case, t_gen, schedule): (&str, usize, &str)| -> Result<Checkpoint> {
         let (config, seed) = seeded::case(&golden.cases()?[case])?;
         let weights = seeded::weights(&config, seed)?.into_iter();
         let classes = config.class_rows().map(|count| Classes { count, names: vec![], none: None });
-        let checkpoint = Checkpoint {
+        Ok(Checkpoint {
             weights: weights
                 .map(|(name, t)| Ok((name, Array::new(&t.shape, t.data)?)))
                 .collect::<Result<_>>()?,
@@ -182,7 +182,16 @@ fn folded_equals_unfolded_for_the_reference_networks() -> Result<()> {
             schedule: serde_json::from_str(schedule)?,
             generator: Some(GeneratorConfig { t_gen, input_scale: 0.9 }),
             provenance: Provenance { classes, ..Provenance::named(case.to_owned()) },
-        };
+        })
+    };
+    cases.into_iter().map(checkpoint).collect()
+}
+
+/// Networks and weights of `scripts/golden_bases.py`, whose own outputs tests/bases.rs compares with PyTorch.
+#[test]
+fn folded_equals_unfolded_for_the_reference_networks() -> Result<()> {
+    for checkpoint in reference_networks()? {
+        let case = checkpoint.provenance.name.clone();
         let (rows, shape) = (checkpoint.config.class_rows(), checkpoint.config.image_shape());
         let mut classes: Vec<Vec<usize>> = (0..rows.unwrap_or(1)).map(|class| vec![class]).collect();
         classes.extend([2, 7].map(|n| (0..n).map(|i| (3 * i + 1) % rows.unwrap_or(1)).collect()));
@@ -257,7 +266,7 @@ fn every_operation_matches_pytorch() -> Result<()> {
         }
         let value = operation.run(&mut exporter, &values, &values[0])?;
         let Value::Flow(flow) = value else { anyhow::bail!("{case}: folded away") };
-        let graph = exporter.graph.finish(flow.edge, "y", &flow.shape).graph;
+        let graph = exporter.graph.finish(&[flow.output("y")], None).graph;
         let got = &run_model(model_of(graph)?, vec![feed]).with_context(|| case.clone())?[0];
         compare(&format!("{case}, by tract"), got, &y.data, tolerance)?;
     }
@@ -334,7 +343,7 @@ fn smaller_files_draw_the_same_images() -> Result<()> {
     let by_ort = |bytes: &[u8]| -> Result<Vec<f32>> { Ok(by_onnxruntime(bytes, &[(&z, &class)])?.remove(0)) };
     let expected = by_tract(&whole.bytes)?;
     for (precision, size, error) in [(Precision::F16, 0.52, 2e-3), (Precision::Int8, 0.30, 2e-2)] {
-        let exported = export_in(&checkpoint, Kind::Generator, precision)?;
+        let exported = export_in(&checkpoint, Kind::Generator, &Form { precision, ..Form::default() })?;
         let share = exported.bytes.len() as f64 / whole.bytes.len() as f64;
         ensure!(share <= size, "{precision}: {share} of the size");
         ensure!(
@@ -351,6 +360,32 @@ fn smaller_files_draw_the_same_images() -> Result<()> {
             ensure!(relative > 1e-6, "{precision} by {engine}: as if it were f32");
         }
         compare(&format!("{precision} by both engines"), &ort, &tract, Tolerance { abs: 1e-3, rel: 0.0 })?;
+    }
+    Ok(())
+}
+
+/// By tract on the images that the exporter measures; with merged BatchNorm, transposed convolutions and bias tables.
+#[test]
+fn the_card_says_what_a_precision_costs() -> Result<()> {
+    let bundled = Checkpoint::load(&dmd_tests::repository().join("assets/one-step-fashion"))?;
+    for checkpoint in reference_networks()?.into_iter().chain([bundled]) {
+        let exact = golden::reference(&checkpoint, Kind::Generator, 4)?;
+        let mut feed = tvec![tensor(&exact.x)?];
+        feed.extend(exact.class.as_deref().map(class_tensor).transpose()?);
+        for precision in [Precision::F16, Precision::Int8] {
+            let name = format!("{} in {precision}", checkpoint.provenance.name);
+            let form = Form { precision, ..Form::default() };
+            let exported = export_in(&checkpoint, Kind::Generator, &form)?;
+            let got = run(&exported.bytes, vec![feed.clone()])?.remove(0);
+            let squares =
+                |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+            let error = squares(&mut got.iter().zip(&exact.output.data).map(|(g, e)| g - e));
+            let relative = (error / squares(&mut exact.output.data.iter().copied())).sqrt();
+            let card = &exported.card.provenance.metrics[&precision.to_string()];
+            let recorded = card["rms_relative"].as_f64().context("rms_relative")?;
+            ensure!((0.95..1.05).contains(&(recorded / relative)), "{name}: {relative}, card {recorded}");
+        }
+        ensure!(export(&checkpoint, Kind::Generator)?.card.provenance == checkpoint.provenance);
     }
     Ok(())
 }
@@ -375,7 +410,7 @@ fn a_convolution_that_is_also_read_without_the_bias_keeps_its_own() -> Result<()
     let by_class = ops.add_bias(&plain, &Value::Table(known(vec![100.0, 200.0])?))?;
     let sum = ops.concat(&plain, &biased)?;
     let Value::Flow(flow) = ops.concat(&sum, &by_class)? else { anyhow::bail!("folded away") };
-    let graph = ops.graph.finish(flow.edge, "y", &flow.shape).graph;
+    let graph = ops.graph.finish(&[flow.output("y")], None).graph;
     let feed = tvec![tensor(&Array::new(&[2, 1, 1, 1], vec![3.0, 5.0])?)?, class_tensor(&[1, 0])?];
     let got = run_model(model_of(graph)?, vec![feed])?;
     ensure!(got[0] == [7.0, 17.0, 207.0, 11.0, 21.0, 111.0], "{:?}", got[0]);

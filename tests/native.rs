@@ -276,17 +276,20 @@ fn a_file_that_is_no_model_is_refused_by_name() -> Result<()> {
 #[test]
 fn a_file_without_a_card_runs_with_a_warning() -> Result<()> {
     let dir = TempDir::new()?;
-    let dims = ["n", "3", "4", "6"];
-    std::fs::write(dir.path().join("model.onnx"), identity(&dims, "y", DataType::Float, None))?;
-    for provider in ["tract", "cpu"] {
-        let out = dmd_run(dir.path(), &["--seed", "3", "--provider", provider, "--force", "-o", "z.npy"])?;
+    for (batch, provider) in [("n", "tract"), ("n", "cpu"), ("2", "tract"), ("2", "cpu")] {
+        let bytes = identity(&[batch, "3", "4", "6"], "y", DataType::Float, None);
+        std::fs::write(dir.path().join("model.onnx"), bytes)?;
+        let args = ["--seed", "3", "--count", "3", "--provider", provider, "--force", "-o", "z.npy"];
+        let out = dmd_run(dir.path(), &args)?;
         assert!(out.status.success(), "{}", text(&out.stderr));
         assert!(text(&out.stderr).contains("no model card"), "{}", text(&out.stderr));
         let bytes = std::fs::read(dir.path().join("z.npy"))?;
-        let mut z = vec![0.0; 3 * 4 * 6];
-        standard_normal(3, 0, &mut z);
+        let mut z = vec![0.0; 3 * 3 * 4 * 6];
+        for (k, z) in (0..).zip(z.chunks_mut(3 * 4 * 6)) {
+            standard_normal(3, k, z);
+        }
         let expected: Vec<u8> = z.iter().flat_map(|v| v.to_le_bytes()).collect();
-        assert_eq!(bytes[bytes.len() - expected.len()..], expected, "{provider}");
+        assert_eq!(bytes[bytes.len() - expected.len()..], expected, "{provider}, batch {batch}");
     }
     Ok(())
 }
@@ -336,8 +339,14 @@ fn info_tells_what_the_card_says() -> Result<()> {
     assert_eq!(info["bytes"], BUNDLED.len());
     assert_eq!(info["inputs"][0]["name"], "z");
     assert_eq!(info["inputs"][0]["shape"], serde_json::json!(["n", 1, 28, 28]));
+    assert_eq!(info["batch"], serde_json::Value::Null);
+    assert_eq!(info["parameters"], info["card"]["parameters"]);
+    assert_eq!(info["stored"]["f32"]["values"], info["parameters"]);
     let plain = dmd_run(dir.path(), &["info"])?;
-    assert!(text(&plain.stdout).contains("one-step generator"), "{}", text(&plain.stdout));
+    let macs = format!("MACs         {} per image", info["card"]["macs"]);
+    for row in ["one-step generator", "batch        any", &macs] {
+        assert!(text(&plain.stdout).contains(row), "`{row}` is not in {}", text(&plain.stdout));
+    }
     Ok(())
 }
 

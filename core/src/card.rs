@@ -16,13 +16,15 @@ pub const INPUT_Z: &str = "z";
 pub const INPUT_CLASS: &str = "class";
 /// Generator output: image `[n, c, h, w]` in the card's range.
 pub const OUTPUT_X_GEN: &str = "x_gen";
+/// Optional generator output: the same as bytes, u8 `[n, h, w, c]`, rounded as [`crate::pixels`] does.
+pub const OUTPUT_IMAGE: &str = "image";
 /// Teacher input: noisy image `[n, c, h, w]`.
 pub const INPUT_X_T: &str = "x_t";
 /// Teacher input: step per image, f32 `[n]`.
 pub const INPUT_T: &str = "t";
 /// Output of a teacher that predicts noise `[n, c, h, w]`; see [`output_of`] for the others.
 pub const OUTPUT_EPS_PRED: &str = "eps_pred";
-/// Symbolic batch dimension of every input and output.
+/// Batch dimension of every input and output, where it is not a fixed number.
 pub const BATCH: &str = "n";
 
 /// Name of a teacher's output: it says what the network predicts.

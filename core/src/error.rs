@@ -18,6 +18,9 @@ pub enum Error {
     /// The model card does not hold together.
     #[error("model card: {0}")]
     Card(String),
+    /// The description of a golden file does not hold together.
+    #[error("description of a golden file: {0}")]
+    Golden(String),
     /// A value has a shape the operation cannot take.
     #[error("`{name}`: got shape {got:?}, expected {expected}")]
     Shape {

@@ -5,6 +5,7 @@
 pub mod card;
 pub mod compare;
 pub mod config;
+pub mod golden;
 pub mod legacy;
 pub mod net;
 pub mod noise;

@@ -70,8 +70,21 @@ pub struct Node {
 pub struct Input {
     /// Its name.
     pub name: &'static str,
-    /// int64 instead of f32.
-    pub integer: bool,
+    /// Type of its elements.
+    pub element: DataType,
+    /// Axes after the batch.
+    pub shape: Vec<usize>,
+}
+
+/// An output of the graph, `[n, shape…]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// Where it comes from.
+    pub edge: Edge,
+    /// Its name.
+    pub name: &'static str,
+    /// Type of its elements.
+    pub element: DataType,
     /// Axes after the batch.
     pub shape: Vec<usize>,
 }
@@ -141,14 +154,16 @@ impl Graph {
         }
     }
 
-    /// Writes what `output` depends on as ONNX messages; the result is called `output_name` and is `[n, shape…]`.
-    pub fn finish(&self, output: Edge, output_name: &'static str, shape: &[usize]) -> Finished {
-        let used = self.reachable(output);
+    /// Writes what `outputs` depend on as ONNX messages, for batches of `batch` images, or of any number.
+    pub fn finish(&self, outputs: &[Output], batch: Option<usize>) -> Finished {
+        let used = self.reachable(outputs);
         let mut names = Names::default();
         for (i, input) in self.inputs.iter().enumerate() {
             names.assign(Edge::Input(i), input.name);
         }
-        names.assign(output, output_name);
+        for output in outputs {
+            names.assign(output.edge, output.name);
+        }
         for edge in &used {
             match *edge {
                 Edge::Constant(i) => names.assign(*edge, &self.constants[i].0),
@@ -156,7 +171,8 @@ impl Graph {
                 Edge::Input(_) | Edge::Absent => {}
             }
         }
-        let mut graph = GraphProto { name: output_name.into(), ..Default::default() };
+        let name = outputs.first().map_or("", |output| output.name);
+        let mut graph = GraphProto { name: name.into(), ..Default::default() };
         let mut macs = 0;
         for edge in &used {
             match *edge {
@@ -170,14 +186,15 @@ impl Graph {
                 Edge::Input(_) | Edge::Absent => {}
             }
         }
-        graph.input = self.inputs.iter().map(|i| value_info(i.name, i.integer, &i.shape)).collect();
-        graph.output = vec![value_info(output_name, false, shape)];
+        graph.input = self.inputs.iter().map(|i| value_info(i.name, i.element, batch, &i.shape)).collect();
+        graph.output = outputs.iter().map(|o| value_info(o.name, o.element, batch, &o.shape)).collect();
         Finished { graph, macs }
     }
 
-    /// Everything `output` depends on, in the order of creation within each kind.
-    fn reachable(&self, output: Edge) -> BTreeSet<Edge> {
-        let (mut used, mut open) = (BTreeSet::new(), vec![output]);
+    /// Everything `outputs` depend on, in the order of creation within each kind.
+    fn reachable(&self, outputs: &[Output]) -> BTreeSet<Edge> {
+        let mut used = BTreeSet::new();
+        let mut open: Vec<Edge> = outputs.iter().map(|output| output.edge).collect();
         while let Some(edge) = open.pop() {
             if edge != Edge::Absent && used.insert(edge) {
                 open.extend(self.producer(edge).into_iter().flat_map(|node| &node.inputs));
@@ -275,11 +292,12 @@ fn tensor_proto(name: &str, data: &Data) -> TensorProto {
     TensorProto { name: name.into(), data_type: kind as i32, dims, raw_data, ..Default::default() }
 }
 
-fn value_info(name: &str, integer: bool, shape: &[usize]) -> ValueInfoProto {
-    let batch = dimension::Value::DimParam(BATCH.into());
-    let dims = std::iter::once(batch).chain(shape.iter().map(|&n| dimension::Value::DimValue(n as i64)));
+fn value_info(name: &str, element: DataType, batch: Option<usize>, shape: &[usize]) -> ValueInfoProto {
+    let fixed = |n: usize| dimension::Value::DimValue(n as i64);
+    let batch = batch.map_or(dimension::Value::DimParam(BATCH.into()), fixed);
+    let dims = std::iter::once(batch).chain(shape.iter().map(|&n| fixed(n)));
     let tensor = type_proto::Tensor {
-        elem_type: if integer { DataType::Int64 } else { DataType::Float } as i32,
+        elem_type: element as i32,
         shape: Some(TensorShapeProto {
             dim: dims.map(|value| Dimension { value: Some(value), ..Default::default() }).collect(),
         }),

@@ -1,13 +1,18 @@
 //! `dmd-export`: the command line over the library. No knowledge of networks or of ONNX.
 
+mod write;
+
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use dmd_core::golden::EXTENSION;
 use dmd_export::locate::locate;
-use dmd_export::{Checkpoint, Error, Kind, Precision, Summary, export_in};
+use dmd_export::{Checkpoint, Error, External, Form, Kind, Precision, Summary, export_in, golden};
+
+use crate::write::{File, write};
 
 /// Write a distilled generator as a single ONNX file
 ///
@@ -26,10 +31,27 @@ struct Arguments {
     #[arg(long)]
     teacher: bool,
     /// How weights are stored: f32, f16 (half the size), or int8 (a quarter: convolutions and linear layers with a scale per
-    /// channel). Arithmetic, input and output are f32 in all of them
+    /// channel). Arithmetic, input and output are f32 in all of them. For generators of up to 200 million multiply-accumulate
+    /// operations per image the card says what it costs
     #[arg(long, value_name = "f32|f16|int8", default_value_t)]
     dtype: Precision,
-    /// Replace OUT if it exists
+    /// Images per call, fixed in the file [default: any number]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    batch: Option<u16>,
+    /// Add the output `image`: `x_gen` as bytes, u8 [n, height, width, channels], rounded as dmd-run rounds pictures
+    #[arg(long)]
+    image: bool,
+    /// Version of ONNX's operator set, 13 to 22
+    #[arg(long, value_name = "N", default_value_t = dmd_export::model::OPSET)]
+    opset: i64,
+    /// Put the weights into OUT.data beside OUT; without this, only if the file would exceed ONNX's 2 GB
+    #[arg(long)]
+    external_data: bool,
+    /// Write OUT's expected outputs beside it, as NAME.golden.safetensors, for `dmd-run verify`: 8 images of seed 0 by a
+    /// plain evaluation of the network, which does about half a billion multiply-accumulate operations per second and core
+    #[arg(long)]
+    golden: bool,
+    /// Replace files that exist
     #[arg(long)]
     force: bool,
     /// Print operators, parameters and file size; write nothing
@@ -45,6 +67,8 @@ Examples:
   dmd-export model.onnx                             the generator of the newest run
   dmd-export model.onnx --from runs/fashion         the generator of that run
   dmd-export small.onnx --dtype int8                a quarter of the size
+  dmd-export model.onnx --golden && dmd-run verify model.onnx
+  dmd-export npu.onnx --batch 1 --image             fixed shapes, pictures as bytes
   dmd-export base.onnx --from assets/ddpm-fashion --teacher
   dmd-run model.onnx --seed 7 -o images.png         try it
 
@@ -67,19 +91,43 @@ fn run(arguments: &Arguments) -> Result<()> {
     if out.extension().is_none_or(|e| e != "onnx") {
         bail!("cannot write `{}`: the name must end in `.onnx`", out.display());
     }
-    if out.exists() && !arguments.force && !arguments.dry_run {
-        bail!("cannot write `{}`: it exists\n\nhint: add --force to replace it", out.display());
+    let golden_path = out.with_extension(EXTENSION);
+    let mut data_path = out.clone().into_os_string();
+    data_path.push(".data");
+    let data_path = PathBuf::from(data_path);
+    let targets = [(out, true), (&golden_path, arguments.golden), (&data_path, arguments.external_data)];
+    let taken = targets.iter().find(|(path, written)| *written && path.exists());
+    if let (Some((path, _)), false, false) = (taken, arguments.force, arguments.dry_run) {
+        bail!("cannot write `{}`: it exists\n\nhint: add --force to replace it", path.display());
     }
     let kind = if arguments.teacher { Kind::Teacher } else { Kind::Generator };
     let dir = locate(arguments.from.as_deref(), Path::new("runs"), kind)?;
-    let exported = Checkpoint::load(&dir)
-        .and_then(|checkpoint| export_in(&checkpoint, kind, arguments.dtype))
-        .with_context(|| format!("cannot export `{}`", dir.display()))?;
-    if !arguments.dry_run {
-        write(out, &exported.bytes, arguments.force)
-            .with_context(|| format!("cannot write `{}`", out.display()))?;
-    }
+    let name = data_path.file_name().and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("cannot write `{}`: its name is not UTF-8", out.display()))?;
+    let form = Form {
+        precision: arguments.dtype,
+        batch: arguments.batch.map(usize::from),
+        image: arguments.image,
+        opset: arguments.opset,
+        external: if arguments.external_data { External::Always } else { External::AboveLimit }(name.into()),
+    };
+    let cannot = || format!("cannot export `{}`", dir.display());
+    let checkpoint = Checkpoint::load(&dir).with_context(cannot)?;
+    let exported = export_in(&checkpoint, kind, &form).with_context(cannot)?;
     eprint!("{}", describe(&exported.summary, &dir, out, arguments.dry_run));
+    if !arguments.dry_run {
+        let mut files = Vec::new();
+        if arguments.golden {
+            let bytes = golden::file(&checkpoint, &exported).with_context(cannot)?;
+            files.push(File { path: golden_path, bytes });
+        }
+        files.extend(exported.data.map(|bytes| File { path: data_path, bytes }));
+        files.push(File { path: out.clone(), bytes: exported.bytes });
+        write(&files, arguments.force)?;
+        for file in files.iter().rev() {
+            eprintln!("  wrote {} ({:.2} MB)", file.path.display(), file.bytes.len() as f64 / 1e6);
+        }
+    }
     if arguments.json {
         writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&exported.summary)?)?;
     }
@@ -89,10 +137,12 @@ fn run(arguments: &Arguments) -> Result<()> {
 fn describe(summary: &Summary, dir: &Path, out: &Path, dry_run: bool) -> String {
     let operators: Vec<String> = summary.operators.iter().map(|(op, n)| format!("{n} {op}")).collect();
     let kind = if summary.kind == Kind::Generator { "generator" } else { "teacher" };
-    let done = if dry_run { "would write" } else { "wrote" };
+    let size = (summary.bytes + summary.data_bytes) as f64 / 1e6;
+    let would =
+        if dry_run { format!("  would write {} ({size:.2} MB)\n", out.display()) } else { String::new() };
     format!(
         "{kind} `{}` from {}\n  operators   {}: {}\n  parameters  {} stored, {} in the checkpoint\n  \
-         MACs        {:.2} million per image\n  {done} {} ({:.2} MB)\n",
+         MACs        {:.2} million per image\n{would}",
         summary.name,
         dir.display(),
         summary.nodes,
@@ -100,35 +150,7 @@ fn describe(summary: &Summary, dir: &Path, out: &Path, dry_run: bool) -> String 
         summary.parameters,
         summary.checkpoint_parameters,
         summary.macs as f64 / 1e6,
-        out.display(),
-        summary.bytes as f64 / 1e6,
     )
-}
-
-/// Writes a temporary file beside `out` and moves it there, so that `out` is either absent, old or whole.
-fn write(out: &Path, bytes: &[u8], replace: bool) -> Result<()> {
-    let parent = match out.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    if !parent.is_dir() {
-        bail!("there is no directory `{}`", parent.display());
-    }
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    let mut file = builder.prefix(".dmd-export-").tempfile_in(parent)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    if replace {
-        file.persist(out)?;
-    } else {
-        file.persist_noclobber(out)?;
-    }
-    Ok(())
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

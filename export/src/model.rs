@@ -1,4 +1,4 @@
-//! From a checkpoint to the bytes of an ONNX file: the contract's inputs and output, the model card, verification.
+//! From a checkpoint to the bytes of an ONNX file: the contract's inputs and outputs, the model card, verification.
 //! No file is read or written here.
 
 use std::collections::BTreeMap;
@@ -13,21 +13,47 @@ use serde::Serialize;
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{GraphProto, ModelProto, OperatorSetIdProto, StringStringEntryProto};
 
+use crate::external::{External, split};
+use crate::graph::Output;
 use crate::partial::{Exporter, Value};
 use crate::precision::{Precision, store};
 use crate::verify::{Parameters, verify};
-use crate::{Checkpoint, Error, Result};
+use crate::{Checkpoint, Error, Result, measure, pixels};
 
-/// Version of the operator set.
+/// Version of the operator set where none is asked for.
 pub const OPSET: i64 = 18;
-/// Version of the file format.
-pub const IR_VERSION: i64 = 10;
+/// Versions of the operator set that have every operator of a file in the form that is written.
+pub const OPSETS: std::ops::RangeInclusive<i64> = 13..=22;
+
+/// What a file is to be like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Form {
+    /// How weights are stored.
+    pub precision: Precision,
+    /// Images per call, or any number.
+    pub batch: Option<usize>,
+    /// Whether a generator has the output `image`.
+    pub image: bool,
+    /// Version of the operator set.
+    pub opset: i64,
+    /// Where weights go.
+    pub external: External,
+}
+
+impl Default for Form {
+    fn default() -> Self {
+        let (precision, external) = (Precision::default(), External::default());
+        Self { precision, batch: None, image: false, opset: OPSET, external }
+    }
+}
 
 /// A file in memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Exported {
     /// The file.
     pub bytes: Vec<u8>,
+    /// The file of weights beside it, if they are not in it.
+    pub data: Option<Vec<u8>>,
     /// The card in it.
     pub card: ModelCard,
     /// What it is made of.
@@ -53,51 +79,41 @@ pub struct Summary {
     pub macs: u64,
     /// Size of the file.
     pub bytes: usize,
+    /// Size of the file of weights beside it.
+    pub data_bytes: usize,
 }
 
-/// Writes a checkpoint as an ONNX model with f32 weights.
+/// Writes a checkpoint as an ONNX model of the usual form: f32, any batch.
 ///
 /// # Errors
 /// See [`export_in`].
 pub fn export(checkpoint: &Checkpoint, kind: Kind) -> Result<Exported> {
-    export_in(checkpoint, kind, Precision::F32)
+    export_in(checkpoint, kind, &Form::default())
 }
 
 /// Writes a checkpoint as an ONNX model.
 ///
 /// # Errors
-/// If the checkpoint is of the other kind, does not fit its configuration, or the graph breaks a rule of
-/// [`crate::verify`].
-pub fn export_in(checkpoint: &Checkpoint, kind: Kind, precision: Precision) -> Result<Exported> {
+/// If the checkpoint is of the other kind, does not fit its configuration, cannot have this form, or the graph breaks
+/// a rule of [`crate::verify`].
+pub fn export_in(checkpoint: &Checkpoint, kind: Kind, form: &Form) -> Result<Exported> {
     check_kind(checkpoint, kind)?;
+    check_form(kind, form)?;
     let mut exporter = Exporter::new(&checkpoint.weights);
-    let shape = checkpoint.config.image_shape();
-    let image = exporter.input(if kind == Kind::Generator { INPUT_Z } else { INPUT_X_T }, &shape);
-    let (value, output) = match kind {
-        Kind::Generator => {
-            let (one_step, class) = (checkpoint.one_step()?, class_input(&mut exporter, checkpoint));
-            let value = net::one_step(&mut exporter, &checkpoint.config, &one_step, &image, class.as_ref())?;
-            (value, OUTPUT_X_GEN)
-        }
-        Kind::Teacher => {
-            let t = exporter.input(INPUT_T, &[]);
-            let class = class_input(&mut exporter, checkpoint);
-            let value = net::denoise(&mut exporter, &checkpoint.config, &image, &t, class.as_ref())?;
-            (value, output_of(checkpoint.schedule.prediction_type))
-        }
-    };
-    let Value::Flow(value) = value else {
-        return Err(Error::Verify("the output does not depend on the image".into()));
-    };
-    let mut finished = exporter.graph.finish(value.edge, output, &shape);
+    let outputs = outputs(&mut exporter, checkpoint, kind, form)?;
+    let mut finished = exporter.graph.finish(&outputs, form.batch);
     let parameters = Parameters { reads: exporter.reads(), stored: &exporter.stored };
     verify(&finished.graph, checkpoint.weights.keys(), &parameters)?;
     let stored = stored_numbers(&finished.graph);
-    store(&mut finished.graph, precision);
-    let card = ModelCard { dtype: precision.to_string(), ..card(checkpoint, kind, stored, finished.macs)? };
+    let mut card = card(checkpoint, kind, stored, finished.macs)?;
+    card.dtype = form.precision.to_string();
+    if let Some(error) = measure::precision(checkpoint, kind, &finished, form.precision)? {
+        card.provenance.metrics.insert(card.dtype.clone(), error);
+    }
+    store(&mut finished.graph, form.precision);
     let operators = count_operators(&finished.graph);
     let nodes = finished.graph.node.len();
-    let bytes = encode(finished.graph, &card)?;
+    let (bytes, data) = encode(finished.graph, &card, form)?;
     let summary = Summary {
         name: card.provenance.name.clone(),
         kind,
@@ -107,8 +123,50 @@ pub fn export_in(checkpoint: &Checkpoint, kind: Kind, precision: Precision) -> R
         checkpoint_parameters: checkpoint.weights.values().map(|a| a.data.len()).sum(),
         macs: finished.macs,
         bytes: bytes.len(),
+        data_bytes: data.as_ref().map_or(0, Vec::len),
     };
-    Ok(Exported { bytes, card, summary })
+    Ok(Exported { bytes, data, card, summary })
+}
+
+/// Declares the inputs, runs the network, and names the outputs.
+fn outputs(exporter: &mut Exporter, checkpoint: &Checkpoint, kind: Kind, form: &Form) -> Result<Vec<Output>> {
+    let config = &checkpoint.config;
+    let shape = config.image_shape();
+    let image = exporter.input(if kind == Kind::Generator { INPUT_Z } else { INPUT_X_T }, &shape);
+    let (value, name) = match kind {
+        Kind::Generator => {
+            let (one_step, class) = (checkpoint.one_step()?, class_input(exporter, checkpoint));
+            let value = net::one_step(exporter, config, &one_step, &image, class.as_ref())?;
+            (value, OUTPUT_X_GEN)
+        }
+        Kind::Teacher => {
+            let t = exporter.input(INPUT_T, &[]);
+            let class = class_input(exporter, checkpoint);
+            let value = net::denoise(exporter, config, &image, &t, class.as_ref())?;
+            (value, output_of(checkpoint.schedule.prediction_type))
+        }
+    };
+    let Value::Flow(value) = value else {
+        return Err(Error::Verify("the output does not depend on the image".into()));
+    };
+    let mut outputs = vec![value.output(name)];
+    if form.image {
+        outputs.push(pixels::image(exporter, &value, config.range())?);
+    }
+    Ok(outputs)
+}
+
+fn check_form(kind: Kind, form: &Form) -> Result<()> {
+    if !OPSETS.contains(&form.opset) {
+        let (first, last) = (OPSETS.start(), OPSETS.end());
+        return Err(Error::Request(format!("got opset {}, expected {first} to {last}", form.opset)));
+    }
+    if form.image && kind == Kind::Teacher {
+        return Err(Error::Request(
+            "a base model predicts noise and has no output `image`\n\nhint: leave out --image".into(),
+        ));
+    }
+    Ok(())
 }
 
 fn check_kind(checkpoint: &Checkpoint, kind: Kind) -> Result<()> {
@@ -168,17 +226,31 @@ fn count_operators(graph: &GraphProto) -> BTreeMap<String, usize> {
     counts
 }
 
-fn encode(graph: GraphProto, card: &ModelCard) -> Result<Vec<u8>> {
+/// The file, and the file of its weights if they are to be outside.
+fn encode(graph: GraphProto, card: &ModelCard, form: &Form) -> Result<(Vec<u8>, Option<Vec<u8>>)> {
     let card = serde_json::to_string(card).map_err(|e| Error::Verify(format!("model card: {e}")))?;
     ModelCard::from_json(&card)?;
-    let model = ModelProto {
-        ir_version: IR_VERSION,
+    let mut model = ModelProto {
+        ir_version: ir_version(form.opset),
         producer_name: "dmd-export".into(),
         producer_version: env!("CARGO_PKG_VERSION").into(),
-        opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET }],
+        opset_import: vec![OperatorSetIdProto { domain: String::new(), version: form.opset }],
         metadata_props: vec![StringStringEntryProto { key: CARD_KEY.into(), value: card }],
         graph: Some(graph),
         ..Default::default()
     };
-    Ok(model.encode_to_vec())
+    let location = form.external.location(model.encoded_len())?;
+    let data = location.zip(model.graph.as_mut()).map(|(location, graph)| split(graph, location));
+    Ok((model.encode_to_vec(), data))
+}
+
+/// Version of the file format: the one that came with the operator set, so that runtimes of its time read it; 10 for
+/// opset 18, as all runtimes of today do.
+fn ir_version(opset: i64) -> i64 {
+    match opset {
+        ..=14 => 7,
+        15..=17 => 8,
+        19 | 20 => 9,
+        _ => 10,
+    }
 }

@@ -4,8 +4,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use tract_onnx::pb::tensor_proto::DataType;
+
 use crate::evaluate::Evaluate;
-use crate::graph::{Attribute, Data, Edge, Graph, Input, Node};
+use crate::graph::{Attribute, Data, Edge, Graph, Input, Node, Output};
 use crate::{Array, Error, Result};
 
 /// A value of the network during export.
@@ -47,6 +49,13 @@ pub struct Exporter<'a> {
     class: Option<Edge>,
 }
 
+impl Flow {
+    /// The value as an f32 output of the graph.
+    pub fn output(&self, name: &'static str) -> Output {
+        Output { edge: self.edge, name, element: DataType::Float, shape: self.shape.clone() }
+    }
+}
+
 impl<'a> Exporter<'a> {
     /// Starts with an empty graph.
     pub fn new(weights: &'a BTreeMap<String, Array>) -> Self {
@@ -56,13 +65,13 @@ impl<'a> Exporter<'a> {
 
     /// Declares a f32 input `[n, shape…]`.
     pub fn input(&mut self, name: &'static str, shape: &[usize]) -> Value {
-        let edge = self.graph.input(Input { name, integer: false, shape: shape.into() });
+        let edge = self.graph.input(Input { name, element: DataType::Float, shape: shape.into() });
         flow(edge, shape)
     }
 
     /// Declares the class input, int64 `[n]`: the table whose row `k` is `k`.
     pub fn class(&mut self, name: &'static str, rows: usize) -> Value {
-        self.class = Some(self.graph.input(Input { name, integer: true, shape: vec![] }));
+        self.class = Some(self.graph.input(Input { name, element: DataType::Int64, shape: vec![] }));
         let data = (0..rows).map(|k| k as f32).collect();
         Value::Table(Known { array: Array { shape: vec![rows], data }, name: name.into() })
     }

@@ -58,27 +58,10 @@ impl FromStr for Precision {
 /// The head, that is the last convolution before the output, keeps its f32 weights: its error would be multiplied by
 /// `sigma_t/alpha_t` in the image.
 pub fn store(graph: &mut GraphProto, precision: Precision) {
-    let head = head(graph);
-    let mut axes: BTreeMap<String, i64> = BTreeMap::new();
-    for node in &graph.node {
-        if let (Some((_, axis)), Some(weight)) =
-            (WEIGHTED.iter().find(|(op, _)| *op == node.op_type), node.input.get(1))
-        {
-            axes.insert(weight.clone(), *axis);
-        }
-    }
+    let places = Places::of(graph);
     let (mut constants, mut nodes) = (Vec::new(), Vec::new());
     for tensor in std::mem::take(&mut graph.initializer) {
-        let size = tensor.dims.iter().product::<i64>() as usize;
-        let float = tensor.data_type == DataType::Float as i32;
-        let axis = axes.get(&tensor.name).copied();
-        let stored = match precision {
-            _ if !float || size < SMALLEST || head.contains(&tensor.name) => None,
-            Precision::F32 => None,
-            Precision::F16 => half_precision(&tensor),
-            Precision::Int8 => axis.map(|axis| integers(&tensor, axis)),
-        };
-        match stored {
+        match places.smaller(&tensor, precision) {
             None => constants.push(tensor),
             Some((values, node)) => {
                 constants.extend(values);
@@ -89,6 +72,60 @@ pub fn store(graph: &mut GraphProto, precision: Precision) {
     graph.initializer = constants;
     nodes.append(&mut graph.node);
     graph.node = nodes;
+}
+
+/// What runtimes will read instead of the weights of a verified graph, divided by them: by name, only what changes.
+pub fn factors(graph: &GraphProto, precision: Precision) -> BTreeMap<String, Vec<f64>> {
+    let places = Places::of(graph);
+    let factor = |(got, exact): (f64, f32)| if exact == 0.0 { 1.0 } else { got / f64::from(exact) };
+    let of_tensor = |tensor: &TensorProto| {
+        let (constants, _) = places.smaller(tensor, precision)?;
+        let read: Vec<f64> = match constants.as_slice() {
+            [values, scales] => {
+                let axis = places.axes.get(&tensor.name).copied().unwrap_or(0);
+                let (channel, scales) = (channel(tensor, axis), floats(scales).collect::<Vec<_>>());
+                let values = values.raw_data.iter().enumerate();
+                values.map(|(i, &v)| f64::from(f32::from(v as i8) * scales[channel(i)])).collect()
+            }
+            values => values.iter().flat_map(halves).collect(),
+        };
+        Some((tensor.name.clone(), read.into_iter().zip(floats(tensor)).map(factor).collect()))
+    };
+    graph.initializer.iter().filter_map(of_tensor).collect()
+}
+
+/// Which stored values are weights of which operators.
+struct Places {
+    head: Vec<String>,
+    axes: BTreeMap<String, i64>,
+}
+
+impl Places {
+    fn of(graph: &GraphProto) -> Self {
+        let mut axes: BTreeMap<String, i64> = BTreeMap::new();
+        for node in &graph.node {
+            if let (Some((_, axis)), Some(weight)) =
+                (WEIGHTED.iter().find(|(op, _)| *op == node.op_type), node.input.get(1))
+            {
+                axes.insert(weight.clone(), *axis);
+            }
+        }
+        Self { head: head(graph), axes }
+    }
+
+    /// What is stored instead of a value and the node that turns it back, or nothing where it stays as it is.
+    fn smaller(&self, tensor: &TensorProto, precision: Precision) -> Option<(Vec<TensorProto>, NodeProto)> {
+        let size = tensor.dims.iter().product::<i64>() as usize;
+        let float = tensor.data_type == DataType::Float as i32;
+        if !float || size < SMALLEST || self.head.contains(&tensor.name) {
+            return None;
+        }
+        match precision {
+            Precision::F32 => None,
+            Precision::F16 => half_precision(tensor),
+            Precision::Int8 => self.axes.get(&tensor.name).map(|axis| integers(tensor, *axis)),
+        }
+    }
 }
 
 /// The stored values of the convolution nearest to the output.
@@ -103,6 +140,17 @@ fn floats(tensor: &TensorProto) -> impl Iterator<Item = f32> + '_ {
 
 fn stored(name: String, kind: DataType, dims: Vec<i64>, raw_data: Vec<u8>) -> TensorProto {
     TensorProto { name, data_type: kind as i32, dims, raw_data, ..Default::default() }
+}
+
+fn halves(tensor: &TensorProto) -> impl Iterator<Item = f64> + '_ {
+    tensor.raw_data.chunks_exact(2).map(|bytes| f16::from_le_bytes([bytes[0], bytes[1]]).to_f64())
+}
+
+/// Index along `axis` of element `i`.
+fn channel(tensor: &TensorProto, axis: i64) -> impl Fn(usize) -> usize {
+    let channels = tensor.dims[axis as usize] as usize;
+    let inner = tensor.dims[axis as usize + 1..].iter().product::<i64>() as usize;
+    move |i| i / inner % channels
 }
 
 /// None where a value is too large for half precision.
@@ -120,10 +168,8 @@ fn half_precision(tensor: &TensorProto) -> Option<(Vec<TensorProto>, NodeProto)>
 
 /// Symmetric: `round(w/scale)` with `scale = max|w|/127` per index of `axis`.
 fn integers(tensor: &TensorProto, axis: i64) -> (Vec<TensorProto>, NodeProto) {
-    let channels = tensor.dims[axis as usize] as usize;
-    let inner: usize = tensor.dims[axis as usize + 1..].iter().product::<i64>() as usize;
-    let channel = |i: usize| i / inner % channels;
-    let mut scales = vec![0.0f32; channels];
+    let channel = channel(tensor, axis);
+    let mut scales = vec![0.0f32; tensor.dims[axis as usize] as usize];
     for (i, value) in floats(tensor).enumerate() {
         let scale = &mut scales[channel(i)];
         *scale = scale.max(value.abs() / LARGEST);
@@ -135,7 +181,7 @@ fn integers(tensor: &TensorProto, axis: i64) -> (Vec<TensorProto>, NodeProto) {
     let scale_bytes = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
     let constants = vec![
         stored(names[0].clone(), DataType::Int8, tensor.dims.clone(), bytes),
-        stored(names[1].clone(), DataType::Float, vec![channels as i64], scale_bytes),
+        stored(names[1].clone(), DataType::Float, vec![tensor.dims[axis as usize]], scale_bytes),
     ];
     let axis = [("axis", Attribute::Int(axis))];
     (constants, message("DequantizeLinear", &tensor.name, names.to_vec(), &axis))

@@ -9,15 +9,18 @@ use tract_onnx::pb::{GraphProto, TensorProto};
 use crate::{Error, Result};
 
 /// Operators that a file may use, all of the default domain.
-pub const OPERATORS: [&str; 25] = [
+pub const OPERATORS: [&str; 28] = [
     "Add",
     "AveragePool",
     "Cast",
+    "Clip",
     "Concat",
     "Conv",
     "ConvTranspose",
     "Cos",
+    "Div",
     "Erf",
+    "Floor",
     "Gather",
     "Gemm",
     "InstanceNormalization",

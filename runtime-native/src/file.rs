@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dmd_core::card::{
     CARD_KEY, INPUT_CLASS, INPUT_T, INPUT_X_T, INPUT_Z, ImageSpec, Kind, ModelCard, OUTPUT_X_GEN, output_of,
@@ -11,11 +11,11 @@ use dmd_core::card::{
 use dmd_core::schedule::Prediction;
 use prost::Message;
 use serde::Serialize;
-use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
+use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::tensor_shape_proto::dimension::Value as DimValue;
 use tract_onnx::pb::{GraphProto, ModelProto, ValueInfoProto, type_proto};
 
-use crate::{Error, Result};
+use crate::{Error, Result, external};
 
 /// A model read from a file or from memory, not yet loaded into an engine.
 pub struct ModelFile {
@@ -25,6 +25,8 @@ pub struct ModelFile {
     pub(crate) bytes: Cow<'static, [u8]>,
     #[cfg_attr(not(feature = "tract"), expect(dead_code, reason = "only tract builds from the messages"))]
     pub(crate) proto: ModelProto,
+    /// Path of the model, if weights lie in other files; they are in `proto`, not in `bytes`.
+    pub(crate) outside: Option<PathBuf>,
 }
 
 /// What a file says about itself.
@@ -34,6 +36,8 @@ pub struct ModelInfo {
     pub name: String,
     /// Size of the file.
     pub bytes: usize,
+    /// Files beside it that hold weights.
+    pub data_files: Vec<PathBuf>,
     /// Generator, or teacher for several steps.
     pub kind: Kind,
     /// Size and range of the images.
@@ -46,12 +50,25 @@ pub struct ModelInfo {
     pub outputs: Vec<Port>,
     /// Position of the image among the outputs.
     pub output: usize,
+    /// Images per call, if the file fixes their number.
+    pub batch: Option<usize>,
     /// Version of the standard operator set.
     pub opset: i64,
     /// How often each operator occurs.
     pub operators: BTreeMap<String, usize>,
-    /// Numbers stored as weights.
+    /// Numbers stored as weights; sizes and indices are none.
     pub parameters: usize,
+    /// What is stored, by element type.
+    pub stored: BTreeMap<String, Stored>,
+}
+
+/// Stored values of one type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Stored {
+    /// How many.
+    pub values: usize,
+    /// Their size in a file, with names and shapes.
+    pub bytes: usize,
 }
 
 /// One input or output.
@@ -93,21 +110,30 @@ impl ModelFile {
     /// Reads and checks a file.
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-        Self::parse(&format!("`{}`", path.display()), bytes)
+        Self::parse_at(&format!("`{}`", path.display()), bytes.into(), Some(path))
     }
 
     /// Checks a model in memory; `name` is what messages call it.
     pub fn parse(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
-        let bytes = bytes.into();
+        Self::parse_at(name, bytes.into(), None)
+    }
+
+    fn parse_at(name: &str, bytes: Cow<'static, [u8]>, path: Option<&Path>) -> Result<Self> {
         let problem = |problem| Error::File { name: name.to_owned(), problem };
         if bytes.is_empty() {
             return Err(problem("the file is empty, expected an ONNX model".to_owned()));
         }
-        let proto = ModelProto::decode(&*bytes).map_err(|e| {
+        let mut proto = ModelProto::decode(&*bytes).map_err(|e| {
             problem(format!("not an ONNX model, or cut off ({e}); got {} bytes", bytes.len()))
         })?;
+        let mut data_files = Vec::new();
+        if let (Some(path), Some(graph)) = (path, &mut proto.graph) {
+            let folder = path.parent().unwrap_or(Path::new(""));
+            data_files = external::attach(graph, folder).map_err(problem)?;
+        }
+        let outside = path.filter(|_| !data_files.is_empty()).map(Path::to_owned);
         let info = describe(name, bytes.len(), &proto).map_err(problem)?;
-        Ok(Self { info, bytes, proto })
+        Ok(Self { info: ModelInfo { data_files, ..info }, bytes, proto, outside })
     }
 }
 
@@ -126,11 +152,6 @@ impl ModelInfo {
     pub fn takes_class(&self) -> bool {
         self.inputs.iter().any(|port| port.role == Some(Role::Class))
     }
-
-    /// Whether the file allows any number of images per call.
-    pub fn any_batch(&self) -> bool {
-        self.inputs.iter().all(|port| matches!(port.shape.first(), Some(Dim::Symbol(_))))
-    }
 }
 
 fn describe(name: &str, bytes: usize, proto: &ModelProto) -> Result<ModelInfo, String> {
@@ -145,6 +166,13 @@ fn describe(name: &str, bytes: usize, proto: &ModelProto) -> Result<ModelInfo, S
     let mut outputs = graph.output.iter().map(port).collect::<Result<Vec<_>, _>>()?;
     let (kind, output) = assign_roles(card.as_ref(), &mut inputs, &mut outputs)?;
     let image = check_shapes(card.as_ref(), &inputs, &outputs[output])?;
+    let batch = batch_of(&inputs)?;
+    let mut stored: BTreeMap<String, Stored> = BTreeMap::new();
+    for tensor in &graph.initializer {
+        let of_type = stored.entry(element(tensor.data_type)).or_default();
+        of_type.values += tensor.dims.iter().map(|d| *d as usize).product::<usize>();
+        of_type.bytes += tensor.encoded_len();
+    }
     let mut operators = BTreeMap::new();
     for node in &graph.node {
         *operators.entry(node.op_type.clone()).or_insert(0) += 1;
@@ -152,25 +180,24 @@ fn describe(name: &str, bytes: usize, proto: &ModelProto) -> Result<ModelInfo, S
     Ok(ModelInfo {
         name: name.to_owned(),
         bytes,
+        data_files: Vec::new(),
         kind,
         image,
         card,
         inputs,
         outputs,
         output,
+        batch,
         opset: proto.opset_import.iter().find(|o| o.domain.is_empty()).map_or(0, |o| o.version),
         operators,
-        parameters: graph
-            .initializer
-            .iter()
-            .map(|w| w.dims.iter().map(|d| *d as usize).product::<usize>())
-            .sum(),
+        parameters: stored.iter().filter(|(kind, _)| *kind != "i64").map(|(_, s)| s.values).sum(),
+        stored,
     })
 }
 
 fn check_structure(graph: &GraphProto) -> Result<(), String> {
     for w in &graph.initializer {
-        if w.data_location == Some(DataLocation::External as i32) {
+        if external::is_outside(w) {
             return Err(format!("weight `{}` lies in another file, expected a single file", w.name));
         }
         if w.dims.iter().any(|d| *d < 0) {
@@ -193,12 +220,7 @@ fn port(info: &ValueInfoProto) -> Result<Port, String> {
     else {
         return Err(format!("`{}` is not a tensor", info.name));
     };
-    let dtype = match DataType::try_from(tensor.elem_type) {
-        Ok(DataType::Float) => "f32".to_owned(),
-        Ok(DataType::Int64) => "i64".to_owned(),
-        Ok(other) => other.as_str_name().to_lowercase(),
-        Err(_) => format!("type {}", tensor.elem_type),
-    };
+    let dtype = element(tensor.elem_type);
     let dims = tensor.shape.iter().flat_map(|s| &s.dim);
     let shape = dims
         .map(|d| match &d.value {
@@ -211,6 +233,31 @@ fn port(info: &ValueInfoProto) -> Result<Port, String> {
         })
         .collect::<Result<_, _>>()?;
     Ok(Port { name: info.name.clone(), dtype, shape, role: None })
+}
+
+fn element(kind: i32) -> String {
+    match DataType::try_from(kind) {
+        Ok(DataType::Float) => "f32".to_owned(),
+        Ok(DataType::Float16) => "f16".to_owned(),
+        Ok(DataType::Int64) => "i64".to_owned(),
+        Ok(DataType::Int8) => "i8".to_owned(),
+        Ok(DataType::Uint8) => "u8".to_owned(),
+        Ok(other) => other.as_str_name().to_lowercase(),
+        Err(_) => format!("type {kind}"),
+    }
+}
+
+/// The number of images per call, if an input fixes it.
+fn batch_of(inputs: &[Port]) -> Result<Option<usize>, String> {
+    let mut fixed = inputs.iter().filter_map(|port| match port.shape.first() {
+        Some(Dim::Fixed(n)) => Some(*n),
+        _ => None,
+    });
+    let batch = fixed.next();
+    if fixed.any(|n| Some(n) != batch) {
+        return Err(format!("got inputs {}, expected one number of images for all of them", list(inputs)));
+    }
+    Ok(batch)
 }
 
 /// Decides what each input and output carries: by name where there is a card, by type where there is none.
@@ -277,10 +324,9 @@ fn check_shapes(card: Option<&ModelCard>, inputs: &[Port], output: &Port) -> Res
             Some(Role::Step) => ("f32", 1),
             _ => ("i64", 1),
         };
-        let batch = matches!(port.shape.first(), Some(Dim::Symbol(_) | Dim::Fixed(1)));
-        if port.dtype != dtype || port.shape.len() != rank || !batch {
+        if port.dtype != dtype || port.shape.len() != rank {
             let dims = if rank == 4 { "[n, c, h, w]" } else { "[n]" };
-            return Err(format!("got input {port}, expected {dtype} {dims} with a free n or 1"));
+            return Err(format!("got input {port}, expected {dtype} {dims}"));
         }
     }
     let input = inputs.iter().find(|p| p.role == Some(Role::Image)).ok_or("it has no image input")?;

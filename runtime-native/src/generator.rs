@@ -9,6 +9,7 @@ use dmd_core::pixels::{Image, to_image};
 use dmd_core::sampler::{Sampler, Trajectory};
 use dmd_core::schedule::Schedule;
 
+use crate::batch::Batch;
 use crate::file::{ModelFile, ModelInfo};
 use crate::providers::{self, Choice, Provider};
 use crate::{Error, Result};
@@ -86,19 +87,6 @@ pub(crate) enum Engine {
     Ort(crate::ort::Ort),
 }
 
-/// Inputs of one network evaluation; those the model does not have are not read.
-#[derive(Clone, Copy, Debug)]
-pub struct Batch<'a> {
-    /// Number of images.
-    pub n: usize,
-    /// `[n, c, h, w]`.
-    pub x: &'a [f32],
-    /// `[n]`.
-    pub t: &'a [f32],
-    /// `[n]`.
-    pub class: &'a [i64],
-}
-
 impl Request {
     /// Images `0..count` of a seed, in turn of every class, by the model's usual number of DDIM steps without guidance.
     pub fn new(seed: u32, count: usize) -> Self {
@@ -161,14 +149,7 @@ impl Model {
         }
         match &mut self.engine {
             #[cfg(feature = "tract")]
-            Engine::Tract(engine) => {
-                let mut all = Vec::with_capacity(batch.x.len());
-                for i in 0..batch.n {
-                    let (x, t) = (&batch.x[i * len..][..len], &batch.t[i..=i]);
-                    all.extend(engine.run(&Batch { n: 1, x, t, class: &batch.class[i..=i] })?);
-                }
-                Ok(all)
-            }
+            Engine::Tract(engine) => engine.run(batch),
             #[cfg(feature = "ort")]
             Engine::Ort(engine) => engine.run(batch),
         }
@@ -187,16 +168,16 @@ impl Model {
             #[cfg(feature = "tract")]
             Engine::Tract(engine) => {
                 use rayon::prelude::*;
-                let engine = &*engine;
+                let (engine, batch) = (&*engine, self.info.batch.unwrap_or(1));
                 engine.pool().install(|| {
-                    let images = values.par_chunks_mut(len).enumerate();
-                    images.try_for_each(|(i, x)| plan.sample(i, x, &mut |b| engine.run(b), progress))
+                    let parts = values.par_chunks_mut(batch * len).enumerate();
+                    parts.try_for_each(|(i, x)| plan.sample(i * batch, x, &mut |b| engine.run(b), progress))
                 })?;
             }
             #[cfg(feature = "ort")]
             Engine::Ort(engine) => {
                 let pixels = self.info.image.height * self.info.image.width;
-                let batch = if self.info.any_batch() { (BATCH_PIXELS / pixels).clamp(1, 64) } else { 1 };
+                let batch = self.info.batch.unwrap_or((BATCH_PIXELS / pixels).clamp(1, 64));
                 for (i, x) in values.chunks_mut(batch * len).enumerate() {
                     plan.sample(i * batch, x, &mut |b| engine.run(b), progress)?;
                 }

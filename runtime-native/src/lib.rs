@@ -4,22 +4,26 @@
 #[cfg(not(any(feature = "ort", feature = "tract")))]
 compile_error!("a build needs an engine: enable the feature `ort` or `tract`");
 
+pub mod batch;
 pub mod file;
 pub mod generator;
 #[cfg(feature = "ort")]
 pub mod library;
 pub mod providers;
+pub mod verify;
 
 mod error;
+mod external;
 #[cfg(feature = "ort")]
 mod ort;
 #[cfg(feature = "tract")]
 mod tract;
 
+pub use batch::Batch;
 pub use dmd_core::sampler::Sampler;
 pub use error::{Error, Result};
 pub use file::{ModelFile, ModelInfo};
-pub use generator::{Batch, Class, Model, Options, Request, Samples};
+pub use generator::{Class, Model, Options, Request, Samples};
 pub use providers::Provider;
 
 /// The model that comes with this crate: a class-conditional one-step generator.

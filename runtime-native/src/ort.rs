@@ -8,8 +8,9 @@ use ort::value::TensorRef;
 use prost::Message;
 use tract_onnx::pb;
 
+use crate::batch::Batch;
 use crate::file::{ModelFile, Role};
-use crate::generator::{Batch, Options};
+use crate::generator::Options;
 use crate::library::{self, Library};
 use crate::{Error, Provider, Result};
 
@@ -20,6 +21,7 @@ pub(crate) struct Ort {
     inputs: Vec<(String, Role)>,
     output: String,
     image: [usize; 3],
+    batch: Option<usize>,
 }
 
 impl Ort {
@@ -28,18 +30,24 @@ impl Ort {
         let library = ready(provider, options)?;
         let engine_error = |e: ort::Error| engine_error(&file.info.name, e);
         let mut builder = builder(provider, &library, options)?;
-        let session = builder.commit_from_memory(&file.bytes).map_err(engine_error)?;
-        let info = &file.info;
+        let session = match &file.outside {
+            Some(path) => builder.commit_from_file(path),
+            None => builder.commit_from_memory(&file.bytes),
+        };
+        let (session, info) = (session.map_err(engine_error)?, &file.info);
         let inputs = info.inputs.iter().filter_map(|p| p.role.map(|role| (p.name.clone(), role))).collect();
         let output = info.outputs[info.output].name.clone();
         let image = info.image_shape();
-        Ok((Self { session, name: info.name.clone(), inputs, output, image }, library.name()))
+        let (name, batch) = (info.name.clone(), info.batch);
+        Ok((Self { session, name, inputs, output, image, batch }, library.name()))
     }
 
-    /// Runs one batch; returns the output as one array.
+    /// Runs any number of images; returns the output as one array.
     pub fn run(&mut self, batch: &Batch) -> Result<Vec<f32>> {
-        let Self { session, name, inputs, output, image } = self;
-        evaluate(session, inputs, output, *image, batch).map_err(|e| engine_error(name, e))
+        let Self { session, name, inputs, output, image, batch: size } = self;
+        batch.in_parts(size.unwrap_or(batch.n), |part| {
+            evaluate(session, inputs, output, *image, part).map_err(|e| engine_error(name, e))
+        })
     }
 }
 

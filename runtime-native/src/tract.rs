@@ -1,39 +1,41 @@
-//! tract as an engine: compiled in, no library to find. Its plan takes one image at a time, which is both faster
-//! than its batches and independent of them; images run in parallel on the threads asked for.
+//! tract as an engine: compiled in, no library to find. Where the file allows it, its plan takes one image at a time,
+//! which is both faster than its batches and independent of them; plans run in parallel on the threads asked for.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use tract_onnx::prelude::*;
 
+use crate::batch::Batch;
 use crate::file::{ModelFile, Role};
-use crate::generator::{Batch, Options};
+use crate::generator::Options;
 use crate::{Error, Result};
 
-/// A plan for one image.
+/// A plan for one image, or for as many as the file fixes.
 pub(crate) struct Tract {
     plan: Arc<TypedRunnableModel>,
     name: String,
     roles: Vec<Option<Role>>,
     output: usize,
     image: [usize; 3],
+    batch: usize,
     pool: rayon::ThreadPool,
 }
 
 impl Tract {
-    /// Optimises a model for batches of one.
+    /// Optimises a model for its number of images per call.
     pub fn open(file: &ModelFile, options: &Options) -> Result<Self> {
         let info = &file.info;
-        let [c, h, w] = info.image_shape();
+        let ([c, h, w], batch) = (info.image_shape(), info.batch.unwrap_or(1));
         let roles: Vec<Option<Role>> = info.inputs.iter().map(|p| p.role).collect();
         let build = || -> TractResult<Arc<TypedRunnableModel>> {
             let onnx = tract_onnx::onnx().with_ignore_value_info(true);
             let mut model = onnx.model_for_proto_model(&file.proto)?;
             for (i, role) in roles.iter().enumerate() {
                 let fact = match role {
-                    Some(Role::Image) => f32::fact([1, c, h, w]),
-                    Some(Role::Class) => i64::fact([1]),
-                    _ => f32::fact([1]),
+                    Some(Role::Image) => f32::fact([batch, c, h, w]),
+                    Some(Role::Class) => i64::fact([batch]),
+                    _ => f32::fact([batch]),
                 };
                 model.set_input_fact(i, fact.into())?;
             }
@@ -45,7 +47,7 @@ impl Tract {
             .build()
             .map_err(|e| Error::Request(format!("cannot start {} threads: {e}", options.threads())))?;
         let image = info.image_shape();
-        Ok(Self { plan, name: info.name.clone(), roles, output: info.output, image, pool })
+        Ok(Self { plan, name: info.name.clone(), roles, output: info.output, image, batch, pool })
     }
 
     /// The threads that images are spread over.
@@ -53,9 +55,11 @@ impl Tract {
         &self.pool
     }
 
-    /// Runs a batch of one.
+    /// Runs any number of images.
     pub fn run(&self, batch: &Batch) -> Result<Vec<f32>> {
-        guarded(|| self.evaluate(batch)).map_err(|e| engine_error(&self.name, &e))
+        batch.in_parts(self.batch, |part| {
+            guarded(|| self.evaluate(part)).map_err(|e| engine_error(&self.name, &e))
+        })
     }
 
     fn evaluate(&self, batch: &Batch) -> TractResult<Vec<f32>> {

@@ -2,7 +2,7 @@
 //! Nothing here runs the network.
 
 use dmd_core::card::{CARD_KEY, Classes, INPUT_CLASS, INPUT_Z, ImageSpec, Kind, ModelCard, OUTPUT_X_GEN};
-use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
 use tract_onnx::pb::tensor_shape_proto::dimension::Value as Dim;
 use tract_onnx::pb::type_proto::Value as Type;
 use tract_onnx::pb::{GraphProto, ModelProto, ValueInfoProto};
@@ -18,6 +18,8 @@ pub struct Contract {
     pub image: ImageSpec,
     /// The classes that can be asked for, if the graph has the input for them.
     pub classes: Option<Classes>,
+    /// Images per call: 1 where the file does not fix another number.
+    pub batch: usize,
 }
 
 impl Contract {
@@ -35,6 +37,14 @@ impl Contract {
                  hint: export the distilled model, without `--teacher`"
                     .to_owned(),
             ));
+        }
+        if let Some(w) =
+            graph.initializer.iter().find(|w| w.data_location == Some(DataLocation::External as i32))
+        {
+            return Err(Error::NotAGenerator(format!(
+                "weight `{}` lies in another file, expected a single file\n\nhint: export it without `--external-data`",
+                w.name
+            )));
         }
         let inputs = inputs(graph);
         let known = inputs.iter().all(|i| [INPUT_Z, INPUT_CLASS].contains(&i.name.as_str()));
@@ -67,10 +77,17 @@ impl Contract {
                 "got outputs {got}, expected `{OUTPUT_X_GEN}` as the result of an operator"
             )));
         }
+        let batch = shape[0].filter(|n| *n > 0).unwrap_or(1);
         let classes = match inputs.iter().find(|i| i.name == INPUT_CLASS) {
             None => None,
             Some(input) => {
-                self::shape(input, DataType::Int64)?;
+                let shape = self::shape(input, DataType::Int64)?;
+                if shape.first().is_some_and(|n| n.is_some_and(|n| n != batch)) {
+                    return Err(Error::NotAGenerator(format!(
+                        "input `{INPUT_CLASS}` has shape {}, expected [{batch}] as `{INPUT_Z}`",
+                        shown(&shape)
+                    )));
+                }
                 let known = card.as_ref().and_then(|c| c.provenance.classes.clone());
                 Some(known.ok_or_else(|| {
                     Error::NotAGenerator(format!(
@@ -79,7 +96,7 @@ impl Contract {
                 })?)
             }
         };
-        Ok(Self { card, image, classes })
+        Ok(Self { card, image, classes, batch })
     }
 
     /// `[channels, height, width]`.

@@ -28,7 +28,8 @@ pub struct Sample {
 }
 
 impl Generator {
-    /// Reads an ONNX file and prepares it for batches of one image (tract's fastest).
+    /// Reads an ONNX file and prepares it for batches of one image (tract's fastest), or of as many as the file fixes, of
+    /// which all but the first are thrown away.
     ///
     /// # Errors
     /// Bytes that are not ONNX, a file that is not a generator's (see [`Contract::read`]), an operator that tract
@@ -87,13 +88,13 @@ impl Generator {
     }
 
     fn run(&self, z: &[f32], class: Option<usize>) -> TractResult<Vec<f32>> {
-        let [c, h, w] = self.contract.shape();
-        let mut inputs: TVec<TValue> = tvec!(Tensor::from_shape(&[1, c, h, w], z)?.into());
+        let ([c, h, w], n) = (self.contract.shape(), self.contract.batch);
+        let mut inputs: TVec<TValue> = tvec!(Tensor::from_shape(&[n, c, h, w], &z.repeat(n))?.into());
         if let Some(class) = class {
-            inputs.push(tensor1(&[class as i64]).into());
+            inputs.push(tensor1(&vec![class as i64; n]).into());
         }
         let outputs = self.plan.run(inputs)?;
-        Ok(outputs[0].to_plain_array_view::<f32>()?.iter().copied().collect())
+        Ok(outputs[0].to_plain_array_view::<f32>()?.iter().take(z.len()).copied().collect())
     }
 }
 
@@ -102,15 +103,15 @@ fn plan(
     model: &ModelProto,
     contract: &Contract,
 ) -> TractResult<Arc<TypedRunnableModel>> {
-    let [c, h, w] = contract.shape();
+    let ([c, h, w], n) = (contract.shape(), contract.batch);
     let mut graph = onnx.model_for_proto_model(model)?;
     let mut names = vec![INPUT_Z];
     names.extend(contract.classes.is_some().then_some(INPUT_CLASS));
     graph.select_inputs_by_name(&names)?;
     graph.select_outputs_by_name([OUTPUT_X_GEN])?;
-    graph.set_input_fact(0, f32::fact([1, c, h, w]).into())?;
+    graph.set_input_fact(0, f32::fact([n, c, h, w]).into())?;
     if contract.classes.is_some() {
-        graph.set_input_fact(1, i64::fact([1]).into())?;
+        graph.set_input_fact(1, i64::fact([n]).into())?;
     }
     graph.into_optimized()?.into_runnable()
 }

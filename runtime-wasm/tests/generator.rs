@@ -7,9 +7,9 @@ use prost::Message;
 use serde_json::{Value, json};
 use tract_onnx::pb::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
-    TensorShapeProto, TypeProto, ValueInfoProto, attribute_proto::AttributeType, tensor_proto::DataType,
-    tensor_shape_proto::Dimension, tensor_shape_proto::dimension::Value as Dim, type_proto,
-    type_proto::Tensor,
+    TensorProto, TensorShapeProto, TypeProto, ValueInfoProto, attribute_proto::AttributeType,
+    tensor_proto::DataLocation, tensor_proto::DataType, tensor_shape_proto::Dimension,
+    tensor_shape_proto::dimension::Value as Dim, type_proto, type_proto::Tensor,
 };
 
 const SHAPE: [i64; 3] = [1, 3, 4];
@@ -125,6 +125,39 @@ fn a_file_without_a_card_runs_by_its_shapes() -> anyhow::Result<()> {
     let refused = generator.generate(3, 1, Some(0)).expect_err("a class was accepted").to_string();
     assert_eq!(refused, "got class 0, expected none: the model is unconditional");
     Ok(())
+}
+
+#[test]
+fn a_fixed_number_of_images_per_call_gives_the_same_images() -> anyhow::Result<()> {
+    let fix = |mut model: ModelProto, batch: i64, ports: usize| {
+        let graph = model.graph.get_or_insert_default();
+        for port in graph.input.iter_mut().chain(&mut graph.output).take(ports) {
+            let kind = port.r#type.get_or_insert_default().value.as_mut();
+            if let Some(shape) = kind.and_then(|type_proto::Value::TensorType(t)| t.shape.as_mut()) {
+                shape.dim[0].value = Some(Dim::DimValue(batch));
+            }
+        }
+        model
+    };
+    let generator = load(&fix(model(Some(card()), true), 4, 3))?;
+    assert_eq!(generator.contract().batch, 4);
+    let expected = load(&model(Some(card()), true))?.generate(2, 7, Some(2))?.values;
+    assert_eq!(generator.generate(2, 7, Some(2))?.values, expected);
+    let plain = load(&fix(model(None, false), 3, 2))?;
+    assert_eq!(plain.generate(3, 1, None)?.values, z(3, 1).iter().map(|v| -v).collect::<Vec<_>>());
+    let apart = fix(fix(model(Some(card()), true), 4, 2), 3, 1);
+    assert_eq!(refusal(&apart), "input `class` has shape [4], expected [3] as `z`");
+    Ok(())
+}
+
+#[test]
+fn weights_in_another_file_are_refused() {
+    let mut outside = model(Some(card()), true);
+    let (name, data_location) = ("w".to_owned(), Some(DataLocation::External as i32));
+    let weight = TensorProto { name, data_location, ..Default::default() };
+    outside.graph.get_or_insert_default().initializer.push(weight);
+    let refused = refusal(&outside);
+    assert!(refused.starts_with("weight `w` lies in another file, expected a single file"), "{refused}");
 }
 
 #[test]

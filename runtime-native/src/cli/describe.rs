@@ -51,8 +51,11 @@ fn rows(info: &ModelInfo) -> Vec<(&'static str, String)> {
         Kind::Teacher => "teacher, for several steps",
     };
     let operators = info.operators.iter().map(|(op, n)| format!("{op} {n}")).collect::<Vec<_>>().join(", ");
+    let stored = info.stored.iter().map(|(kind, s)| format!("{} {kind} ({} bytes)", s.values, s.bytes));
+    let stored = stored.collect::<Vec<_>>().join(", ");
     let mut rows = vec![
         ("file", format!("{}, {} bytes", info.name, info.bytes)),
+        ("stored", stored),
         ("kind", kind.to_owned()),
         (
             "image",
@@ -60,19 +63,22 @@ fn rows(info: &ModelInfo) -> Vec<(&'static str, String)> {
         ),
         ("inputs", ports(&info.inputs)),
         ("outputs", ports(&info.outputs)),
+        ("batch", info.batch.map_or("any".to_owned(), |n| format!("{n}, fixed"))),
         ("opset", info.opset.to_string()),
         ("operators", operators),
         ("parameters", info.parameters.to_string()),
     ];
+    if !info.data_files.is_empty() {
+        let names = info.data_files.iter().map(|path| path.display().to_string()).collect::<Vec<_>>();
+        rows.insert(1, ("weights in", names.join(", ")));
+    }
     let Some(card) = &info.card else {
         rows.push(("card", "none: the range is assumed, classes are unknown".to_owned()));
         return rows;
     };
     rows.insert(1, ("name", card.provenance.name.clone()));
-    rows.push((
-        "arch",
-        format!("{}, {} multiply-accumulates per image, {}", card.arch, card.macs, card.dtype),
-    ));
+    rows.push(("MACs", format!("{} per image", card.macs)));
+    rows.push(("arch", format!("{}, {} weights", card.arch, card.dtype)));
     if let (Some(t_gen), Some(alpha_t), Some(sigma_t)) = (card.t_gen, card.alpha_t, card.sigma_t) {
         rows.push(("t_gen", format!("{t_gen} (alpha_t {alpha_t:.4}, sigma_t {sigma_t:.4})")));
     }

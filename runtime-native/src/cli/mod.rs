@@ -4,6 +4,7 @@ mod describe;
 mod output;
 mod progress;
 mod sample;
+mod verify;
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -13,6 +14,7 @@ use dmd_runtime_native::{BUNDLED, BUNDLED_NAME, ModelFile};
 
 pub use describe::{info, providers};
 pub use sample::sample;
+pub use verify::verify;
 
 /// What `--help` says after the options.
 pub const AFTER_HELP: &str = "\
@@ -27,7 +29,7 @@ else from the first of: the folder of this program, ./lib, the active Python
 environment, other Python installations, system folders. `dmd-run providers`
 shows what was found.
 
-Exit code: 0 done, 2 wrong usage or input.";
+Exit code: 0 done, 1 `verify` found a difference, 2 wrong usage or input.";
 
 /// Opens the model that was named, else `./model.onnx`, else the bundled one.
 fn open_model(path: Option<&Path>) -> anyhow::Result<ModelFile> {
@@ -40,8 +42,11 @@ fn open_model(path: Option<&Path>) -> anyhow::Result<ModelFile> {
 }
 
 /// Prints an error; a reader that closed the pipe is none.
-pub fn exit_code(result: anyhow::Result<()>) -> ExitCode {
-    let Err(error) = result else { return ExitCode::SUCCESS };
+pub fn exit_code(result: anyhow::Result<ExitCode>) -> ExitCode {
+    let error = match result {
+        Ok(code) => return code,
+        Err(error) => error,
+    };
     let closed = |e: &std::io::Error| e.kind() == ErrorKind::BrokenPipe;
     if error.chain().any(|e| e.downcast_ref().is_some_and(closed)) {
         return ExitCode::SUCCESS;
