@@ -2,23 +2,22 @@
 """Check exported ONNX files with tools that share no code with the exporter.
 
 For each FILE: onnx.checker with full shape inference; the contract's inputs and outputs; the ONNX reference
-evaluator against onnxruntime at batches 1, 2 and 7, or the file's fixed one, with graph optimisation off and on; that
-an image does not depend on the others in its batch; that the output `image` is `x_gen` rounded by the contract's
-formula, to the bit; and, with --golden, the outputs stored in a safetensors file under the names of the graph's inputs
-and outputs (`timesteps` also counts as `t`), such as `dmd-export --golden` writes.
+evaluator against onnxruntime at batches 1, 2 and 7 (or the one that the file is for), with graph optimisation off and on; that
+an image does not depend on the others in its batch; that the output `image` is `x_gen` rounded by the contract's formula, to the
+bit; and, with --golden, the outputs stored in a safetensors file under the names of the graph's inputs and outputs (`timesteps`
+also counts as `t`), such as `dmd-export --golden` writes. --cases leaves inputs and the reference evaluator's
+outputs of every FILE as JSON, for readers in other languages.
 
-Needs onnx, onnxruntime and numpy. The reference evaluator has DequantizeLinear, of int8 files, from opset 19 on. Exit status: 0 all agree, 1 a difference, 2 wrong usage or input.
+Needs onnx, onnxruntime and numpy, and safetensors for --golden. Exit status: 0 all agree, 1 a difference, 2 wrong usage or input.
 """
 
 import argparse
 import json
+import pathlib
 import sys
 
 BATCHES = (1, 2, 7)
-TENSORS = {
-    "generator": (["z"], "x_gen"),
-    "teacher": (["x_t", "t"], "eps_pred"),
-}
+PREDICTIONS = {"epsilon": "eps_pred", "sample": "x0_pred", "v_prediction": "v_pred"}
 
 
 class Difference(Exception):
@@ -30,6 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", metavar="FILE", nargs="+", help="ONNX file written by dmd-export")
     parser.add_argument("--golden", metavar="FILE", help="safetensors with inputs and outputs (one ONNX file only)")
+    parser.add_argument("--cases", metavar="DIR", help="existing folder for inputs and outputs, NAME.json for NAME.onnx")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference [1e-4]")
     args = parser.parse_args()
     if args.golden and len(args.files) > 1:
@@ -37,8 +37,8 @@ def main() -> int:
     failed = False
     for path in args.files:
         try:
-            for line in check(path, args.golden, args.tolerance):
-                print(f"{path}: {line}")
+            for line in check(path, args):
+                print(f"{path}: {line}", flush=True)
         except Difference as difference:
             print(f"{path}: FAILED: {difference}", file=sys.stderr)
             failed = True
@@ -48,12 +48,11 @@ def main() -> int:
     return int(failed)
 
 
-def check(path, golden, tolerance):
+def check(path, args):
     """Yield one line per passed check."""
     import numpy
     import onnx
     import onnxruntime
-    from onnx.reference import ReferenceEvaluator
 
     try:
         model = onnx.load(path)
@@ -66,7 +65,7 @@ def check(path, golden, tolerance):
         inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise Difference(f"onnx.checker: {error}") from error
-    card, fixed = contract(model)
+    card, size = contract(model)
     opset = ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import)
     if any(o.domain for o in model.opset_import):
         raise Difference(f"opset {opset}: expected the default domain only")
@@ -83,7 +82,7 @@ def check(path, golden, tolerance):
         options.log_severity_level = 3
         providers = ["CPUExecutionProvider"]
         sessions[name] = attempt(f"load, optimisation {name}", onnxruntime.InferenceSession, path, options, providers)
-    reference = ReferenceEvaluator(model)
+    reference = attempt("load, reference evaluator", evaluator, model)
 
     def compare(what, got, expected):
         if got.shape != expected.shape:
@@ -91,54 +90,66 @@ def check(path, golden, tolerance):
         if not (numpy.isfinite(got).all() and numpy.isfinite(expected).all()):
             raise Difference(f"{what}: values that are not finite")
         worst = float(numpy.abs(got - expected).max())
-        if worst > tolerance:
-            raise Difference(f"{what}: differ by {worst:.2e}, allowed {tolerance:.0e}")
+        if worst > args.tolerance:
+            raise Difference(f"{what}: differ by {worst:.2e}, allowed {args.tolerance:.0e}")
         return worst
 
-    single = None
-    for batch in BATCHES if fixed is None else (fixed,):
+    single, cases, worst = None, [], dict.fromkeys(sessions, 0.0)
+    batches = [size] if size else BATCHES
+    for batch in batches:
         feed = random_feed(numpy, card, batch)
         expected = attempt(f"batch {batch}, reference evaluator", reference.run, None, feed)[0]
-        worst = {}
         for name, session in sessions.items():
             got, *image = attempt(f"batch {batch}, optimisation {name}", session.run, None, feed)
             if image and (image[0] != pixels(numpy, card, got)).any():
                 raise Difference(f"batch {batch}, optimisation {name}: `image` is not `x_gen` rounded")
-            worst[name] = compare(f"batch {batch}, optimisation {name}, reference evaluator", got, expected)
+            difference = compare(f"batch {batch}, optimisation {name}, reference evaluator", got, expected)
+            worst[name] = max(worst[name], difference)
             if single is not None:
                 compare(f"first image of batch {batch}, optimisation {name}", got[:1], single)
         single = expected[:1] if single is None else single
-        text = ", ".join(f"{value:.1e} with optimisation {name}" for name, value in worst.items())
-        yield f"batch {batch}: onnxruntime and reference evaluator differ by {text}"
+        cases.append({"inputs": stored(feed), "outputs": stored({model.graph.output[0].name: expected})})
+    text = ", ".join(f"{value:.1e} with optimisation {name}" for name, value in worst.items())
+    yield f"batches {', '.join(map(str, batches))}: onnxruntime and reference evaluator differ by {text}"
 
-    if golden:
-        tensors = stored_tensors(numpy, golden)
+    if args.cases:
+        text = json.dumps({"model": str(pathlib.Path(path).resolve()), "cases": cases})
+        (pathlib.Path(args.cases) / f"{pathlib.Path(path).stem}.json").write_text(text + "\n")
+    if args.golden:
+        from safetensors.numpy import load_file
+
+        tensors = load_file(args.golden)
         tensors.setdefault("t", tensors.get("timesteps"))
         names = [i.name for i in model.graph.input]
         output = model.graph.output[0].name
         if missing := [name for name in [*names, output] if name not in tensors]:
-            raise ValueError(f"`{golden}` has no tensor {', '.join(f'`{m}`' for m in missing)}")
+            raise ValueError(f"`{args.golden}` has no tensor {', '.join(f'`{m}`' for m in missing)}")
+        if size and size > len(tensors[output]):
+            raise ValueError(f"`{args.golden}` has {len(tensors[output])} images, the file takes {size} at once")
         types = {"tensor(float)": numpy.float32, "tensor(int64)": numpy.int64}
-        if fixed is not None and fixed > len(tensors[output]):
-            raise ValueError(f"`{golden}` has {len(tensors[output])} images, the file takes {fixed} at once")
-        feed = {i.name: tensors[i.name][:fixed].astype(types[i.type]) for i in sessions["all"].get_inputs()}
+        feed = {i.name: tensors[i.name][:size].astype(types[i.type]) for i in sessions["all"].get_inputs()}
         for name, session in sessions.items():
             got = attempt(f"golden, optimisation {name}", session.run, None, feed)[0]
-            worst = compare(f"golden, optimisation {name}", got, tensors[output][:fixed])
+            worst = compare(f"golden, optimisation {name}", got, tensors[output][:size])
             yield f"golden `{output}`: differ by {worst:.1e} with optimisation {name}"
 
 
-def stored_tensors(numpy, path):
-    """Tensors of a safetensors file by name: length of the header, JSON, values."""
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        values = file.read()
-    types = {"F32": numpy.float32, "F64": numpy.float64, "I64": numpy.int64}
-    header.pop("__metadata__", None)
-    return {
-        name: numpy.frombuffer(values[slice(*t["data_offsets"])], types[t["dtype"]]).reshape(t["shape"])
-        for name, t in header.items()
-    }
+def evaluator(model):
+    """ONNX's reference evaluator; its operators on integers begin with set 19, those of set 18 compute the same."""
+    from onnx.defs import get_schema
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.ops.op_dequantize_linear import DequantizeLinear_19
+    from onnx.reference.ops.op_quantize_linear import QuantizeLinear_19
+
+    later = {"DequantizeLinear": DequantizeLinear_19, "QuantizeLinear": QuantizeLinear_19}
+    about = {name: {"op_domain": "", "op_schema": get_schema(name, 19)} for name in later}
+    operators = [type(name, (operator,), about[name]) for name, operator in later.items()]
+    return ReferenceEvaluator(model, new_ops=operators)
+
+
+def stored(tensors):
+    """Tensors as JSON has them."""
+    return {name: {"type": str(v.dtype), "dims": v.shape, "data": v.ravel().tolist()} for name, v in tensors.items()}
 
 
 def attempt(what, function, *arguments):
@@ -150,7 +161,7 @@ def attempt(what, function, *arguments):
 
 
 def contract(model):
-    """Check names, types and shapes of inputs and outputs against the model card; return it and the fixed batch."""
+    """Check names, types and shapes of inputs and output against the model card; return it, and the batch size if it is fixed."""
     import onnx
 
     metadata = {p.key: p.value for p in model.metadata_props}
@@ -158,27 +169,25 @@ def contract(model):
         raise Difference("metadata_props has no `dmd.card`")
     card = json.loads(metadata["dmd.card"])
     image = [card["image"][side] for side in ("channels", "height", "width")]
-    inputs, output = TENSORS[card["kind"]]
+    inputs, output = tensors_of(card)
     real, integer = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
-    first = model.graph.input[0].type.tensor_type.shape.dim[0]
-    batch = first.dim_value or "n"
+    batch = model.graph.output[0].type.tensor_type.shape.dim[0].dim_value or "n"
     expected = {inputs[0]: (real, [batch, *image]), output: (real, [batch, *image])}
     if "t" in inputs:
         expected["t"] = (real, [batch])
     if card.get("classes"):
         expected["class"] = (integer, [batch])
-    if any(value.name == "image" for value in model.graph.output):
-        channels, height, width = image
-        expected["image"] = (onnx.TensorProto.UINT8, [batch, height, width, channels])
     got = {}
     for value in [*model.graph.input, *model.graph.output]:
         kind = value.type.tensor_type
         got[value.name] = (kind.elem_type, [d.dim_param or d.dim_value for d in kind.shape.dim])
+    if "image" in got and card["kind"] == "generator":
+        expected["image"] = (onnx.TensorProto.UINT8, [batch, *image[1:], image[0]])
     if got != expected:
         raise Difference(f"inputs and outputs: got {got}, expected {expected}")
     if model.graph.value_info:
         raise Difference("value_info is not empty")
-    return card, first.dim_value or None
+    return card, None if batch == "n" else batch
 
 
 def pixels(numpy, card, x_gen):
@@ -188,10 +197,17 @@ def pixels(numpy, card, x_gen):
     return numpy.floor(share * numpy.float32(255) + numpy.float32(0.5)).astype(numpy.uint8).transpose(0, 2, 3, 1)
 
 
+def tensors_of(card):
+    """Names of the inputs but for the class, and of the output."""
+    if card["kind"] == "generator":
+        return ["z"], "x_gen"
+    return ["x_t", "t"], PREDICTIONS[card["schedule"]["prediction_type"]]
+
+
 def random_feed(numpy, card, batch):
     """Inputs whose first image is the same for every batch size."""
     image = [card["image"][side] for side in ("channels", "height", "width")]
-    inputs, _ = TENSORS[card["kind"]]
+    inputs, _ = tensors_of(card)
     noise = numpy.random.default_rng(0).standard_normal([batch, *image], dtype=numpy.float32)
     feed = {inputs[0]: noise}
     if "t" in inputs:
