@@ -7,7 +7,9 @@ counts is the better of the two in each figure, for latency with a symbolic batc
 one batch size only are timed beside them where dmd-export has --batch.
 
 Latencies: one thread, all files in turn, the order reversed every round, sessions made afresh in every block; median of the
-times per file. `cpu` figures are the same in processor time of that thread, which other programs disturb less. Also what dmd-export needs for ddpm-cifar10, and how many numbers are in the files of ddpm-cifar10 and ddpm-celeba.
+times per file. `cpu` figures are the same in processor time of that thread, which other programs disturb less.
+
+Also what dmd-export needs for ddpm-cifar10, and how many numbers are in the files of ddpm-cifar10 and ddpm-celeba.
 Ends with lines `figure NAME VALUE`; nodes, size and latency are ours over PyTorch's.
 """
 
