@@ -17,6 +17,7 @@ use dmd_export::golden::reference;
 use dmd_export::{Array, Checkpoint, Kind};
 use dmd_tests::{Finished, Golden, compare, fixture, refused, repository, run_bin};
 use safetensors::SafeTensors;
+use serde_json::Value;
 use tempfile::TempDir;
 
 fn export(cwd: &Path, out: &str, from: &str, args: &[&str]) -> Result<()> {
@@ -118,6 +119,34 @@ fn a_golden_file_says_what_it_is() -> Result<()> {
     export(dir.path(), "m.onnx", "one-step-fashion", &["--force"])?;
     ensure!(std::fs::read(&path)? == bytes, "two exports differ");
     Ok(())
+}
+
+/// 8-bit arithmetic: onnxruntime's integer kernels are as near to f32 as the exporter's simulation of them, and tract is refused.
+#[test]
+fn integer_arithmetic_is_as_good_as_its_card_says() -> Result<()> {
+    let dir = TempDir::new()?;
+    let mut errors = Vec::new();
+    for method in ["min-max", "percentile", "mse"] {
+        let args = ["--dtype", "qdq", "--calibration", method, "--force"];
+        export(dir.path(), "q.onnx", "one-step-fashion", &args)?;
+        let done = verify(dir.path(), &["q.onnx", "--json"])?;
+        ensure!(done.code == Some(0), "{method}: {done:?}");
+        let found: Value = serde_json::from_str(&done.stdout)?;
+        let providers = found["providers"].as_array().context("providers")?;
+        ensure!(providers.iter().all(|p| p["provider"] != "tract") && !providers.is_empty(), "{found}");
+        let said = found["limit"]["value"].as_f64().context("limit")? / 1.25;
+        let got = providers[0]["rms_relative"].as_f64().context("rms")?;
+        ensure!((0.75 * said..1.25 * said).contains(&got), "{method}: {got}, the card says {said}");
+        errors.push(got);
+    }
+    ensure!(errors.iter().all(|error| *error < 0.15), "{errors:?}");
+    refused(&verify(dir.path(), &["q.onnx", "--provider", "tract"])?, &["8-bit integers", "--dtype int8"])?;
+    let args = ["q.onnx", "--provider", "tract", "-o", "x.png"];
+    refused(&run_bin("dmd-run", dir.path(), args)?, &["8-bit integers", "--provider cpu"])?;
+    let base = repository().join("assets/ddpm-fashion");
+    let base = base.to_str().context("path")?;
+    let args = ["t.onnx", "--teacher", "--from", base, "--dtype", "qdq"];
+    refused(&run_bin("dmd-export", dir.path(), args)?, &["calibrated on a generator's noise"])
 }
 
 #[test]

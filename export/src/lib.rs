@@ -19,6 +19,7 @@ pub mod ops;
 pub mod partial;
 pub mod pixels;
 pub mod precision;
+pub mod quantise;
 pub mod tensors;
 pub mod verify;
 pub mod weights;

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use dmd_core::golden::EXTENSION;
 use dmd_export::locate::locate;
+use dmd_export::quantise::Method;
 use dmd_export::{Checkpoint, Error, External, Form, Kind, Precision, Summary, export_in, golden};
 
 use crate::write::{File, write};
@@ -31,10 +32,15 @@ struct Arguments {
     #[arg(long)]
     teacher: bool,
     /// How weights are stored: f32, f16 (half the size), or int8 (a quarter: convolutions and linear layers with a scale per
-    /// channel). Arithmetic, input and output are f32 in all of them. For generators of up to 200 million multiply-accumulate
-    /// operations per image the card says what it costs
-    #[arg(long, value_name = "f32|f16|int8", default_value_t)]
+    /// channel), with arithmetic in f32; or qdq, which also computes convolutions in 8-bit integers (generators only; onnxruntime
+    /// only). Input and output are f32 in all of them. For generators of up to 200 million multiply-accumulate operations per
+    /// image (qdq: all) the card says what it costs
+    #[arg(long, value_name = "f32|f16|int8|qdq", default_value_t)]
     dtype: Precision,
+    /// How ranges of activations are found for --dtype qdq, on 32 images of the generator's own noise: smallest to largest value,
+    /// without the outermost 0.005 %, or with the least mean squared error
+    #[arg(long, value_name = "min-max|percentile|mse", default_value_t)]
+    calibration: Method,
     /// Images per call, fixed in the file [default: any number]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     batch: Option<u16>,
@@ -106,6 +112,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let name = name.with_context(|| format!("cannot write `{}`: its name is not UTF-8", out.display()))?;
     let form = Form {
         precision: arguments.dtype,
+        calibration: arguments.calibration,
         batch: arguments.batch.map(usize::from),
         image: arguments.image,
         opset: arguments.opset,

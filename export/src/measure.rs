@@ -22,7 +22,10 @@ pub fn precision(
     finished: &Finished,
     precision: Precision,
 ) -> Result<Option<Value>> {
-    if precision == Precision::F32 || kind == Kind::Teacher || finished.macs > MACS_LIMIT {
+    if matches!(precision, Precision::F32 | Precision::Qdq)
+        || kind == Kind::Teacher
+        || finished.macs > MACS_LIMIT
+    {
         return Ok(None);
     }
     let mut rounded = checkpoint.clone();
@@ -35,14 +38,19 @@ pub fn precision(
     }
     let exact = golden::reference(checkpoint, kind, COUNT)?.output.data;
     let got = golden::reference(&rounded, kind, COUNT)?.output.data;
-    let differences = || got.iter().zip(&exact).map(|(g, e)| f64::from(*g) - f64::from(*e));
+    Ok(Some(errors(&got, &exact, COUNT)))
+}
+
+/// Errors of images as a card has them: relative root mean square and largest absolute value.
+pub fn errors(got: &[f32], exact: &[f32], count: usize) -> Value {
+    let differences = || got.iter().zip(exact).map(|(g, e)| f64::from(*g) - f64::from(*e));
     let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
     let rms = (squares(&mut differences()) / squares(&mut exact.iter().map(|v| f64::from(*v)))).sqrt();
     let largest = differences().fold(0.0, |largest: f64, d| largest.max(d.abs()));
-    Ok(Some(json!({
+    json!({
         "rms_relative": three_digits(rms), "max_abs": three_digits(largest),
-        "count": COUNT, "seed": golden::SEED,
-    })))
+        "count": count, "seed": golden::SEED,
+    })
 }
 
 fn three_digits(value: f64) -> f64 {

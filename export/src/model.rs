@@ -17,6 +17,7 @@ use crate::external::{External, split};
 use crate::graph::Output;
 use crate::partial::{Exporter, Value};
 use crate::precision::{Precision, store};
+use crate::quantise::{Method, quantise};
 use crate::verify::{Parameters, verify};
 use crate::{Checkpoint, Error, Result, measure, pixels};
 
@@ -30,6 +31,8 @@ pub const OPSETS: std::ops::RangeInclusive<i64> = 13..=22;
 pub struct Form {
     /// How weights are stored.
     pub precision: Precision,
+    /// How activations are calibrated, for [`Precision::Qdq`].
+    pub calibration: Method,
     /// Images per call, or any number.
     pub batch: Option<usize>,
     /// Whether a generator has the output `image`.
@@ -43,7 +46,7 @@ pub struct Form {
 impl Default for Form {
     fn default() -> Self {
         let (precision, external) = (Precision::default(), External::default());
-        Self { precision, batch: None, image: false, opset: OPSET, external }
+        Self { precision, calibration: Method::default(), batch: None, image: false, opset: OPSET, external }
     }
 }
 
@@ -110,6 +113,10 @@ pub fn export_in(checkpoint: &Checkpoint, kind: Kind, form: &Form) -> Result<Exp
     if let Some(error) = measure::precision(checkpoint, kind, &finished, form.precision)? {
         card.provenance.metrics.insert(card.dtype.clone(), error);
     }
+    if form.precision == Precision::Qdq {
+        let error = quantise(&mut finished.graph, &card, form.calibration)?;
+        card.provenance.metrics.insert(card.dtype.clone(), error);
+    }
     store(&mut finished.graph, form.precision);
     let operators = count_operators(&finished.graph);
     let nodes = finished.graph.node.len();
@@ -160,6 +167,13 @@ fn check_form(kind: Kind, form: &Form) -> Result<()> {
     if !OPSETS.contains(&form.opset) {
         let (first, last) = (OPSETS.start(), OPSETS.end());
         return Err(Error::Request(format!("got opset {}, expected {first} to {last}", form.opset)));
+    }
+    if form.precision == Precision::Qdq && kind == Kind::Teacher {
+        return Err(Error::Request(
+            "8-bit activations are calibrated on a generator's noise, and a base model takes images of every noise level\n\n\
+             hint: `--dtype int8` stores its weights in 8 bits"
+                .into(),
+        ));
     }
     if form.image && kind == Kind::Teacher {
         return Err(Error::Request(

@@ -123,11 +123,18 @@ impl Ops for Exporter<'_> {
             macs: 0,
         });
         let image = self.reshape(&format!("{name}.image"), normal, &[0, c, h, w]);
-        let per_channel = [channels, 1, 1];
-        let weight = self.parameter(&format!("{name}.weight"), &[channels], &per_channel)?;
-        let bias = self.parameter(&format!("{name}.bias"), &[channels], &per_channel)?;
-        let scaled = self.graph.node("Mul", &format!("{name}.scaled"), &[image, weight]);
-        let y = Flow { edge: self.graph.node("Add", name, &[scaled, bias]), shape: x.shape };
+        let weight = self.parameter(&format!("{name}.weight"), &[channels], &[channels])?;
+        let bias = self.parameter(&format!("{name}.bias"), &[channels], &[channels])?;
+        let mean = self.graph.shared("mean", Data::Float(Array::filled(&[channels], 0.0)));
+        let variance = self.graph.shared("variance", Data::Float(Array::filled(&[channels], 1.0)));
+        let edge = self.graph.push(Node {
+            op: "BatchNormalization",
+            name: name.into(),
+            inputs: vec![image, weight, bias, mean, variance],
+            attributes: vec![("epsilon", Attribute::Float(0.0))],
+            macs: 0,
+        });
+        let y = Flow { edge, shape: x.shape };
         Ok(if spec.silu { self.silu_of(&y, name) } else { Value::Flow(y) })
     }
 
@@ -166,7 +173,7 @@ impl Ops for Exporter<'_> {
         }
         let x = self.lift(x)?;
         let (scale, shift) = self.evaluate.fixed_norm(name, spec)?;
-        if let Some((mut conv, bias_name, bias)) = self.convolution_of(&x)
+        if let Some((mut conv, bias_name, bias)) = self.convolution_of(x.edge)
             && let Some((weight_name, Data::Float(weight))) = self.graph.value(conv.inputs[1]).cloned()
         {
             let row = weight.data.len() / scale.len();
@@ -288,12 +295,12 @@ impl Ops for Exporter<'_> {
         }
         let x = self.lift(x)?;
         let [c, _, _] = x.shape[..] else { return Err(wrong_shape("add_bias", &x.shape, "[c, h, w]")) };
-        match (bias, self.convolution_of(&x)) {
-            (Value::Const(known), Some((mut conv, name, own))) => {
-                let sum = known.array.zip_rows(&own.reshaped(&[1, c])?, |a, b| a + b)?.reshaped(&[c])?;
-                conv.inputs[2] = self.graph.constant(&name, Data::Float(sum));
-                Ok(flow(self.graph.push(conv), &x.shape))
-            }
+        if let Value::Const(known) = bias
+            && let Some(edge) = self.merged(x.edge, &known.array.clone().reshaped(&[c])?)?
+        {
+            return Ok(flow(edge, &x.shape));
+        }
+        match (bias, self.convolution_of(x.edge)) {
             (Value::Table(known), Some((mut conv, name, own))) => {
                 let table = known.array.zip_rows(&own.reshaped(&[1, c])?, |a, b| a + b)?;
                 let array = table.reshaped(&[known.array.rows(), c, 1, 1])?;
@@ -445,9 +452,29 @@ impl Exporter<'_> {
         }
     }
 
-    /// The convolution behind `x` with its bias, if `x` is one.
-    fn convolution_of(&self, x: &Flow) -> Option<(Node, String, Array)> {
-        let node = self.graph.producer(x.edge).filter(|node| node.op == "Conv")?;
+    /// A value with `bias` added per channel, where that can merge into a convolution: the value is one, or a sum with one, of
+    /// which nothing else in a network reads the part without the bias.
+    fn merged(&mut self, edge: Edge, bias: &Array) -> Result<Option<Edge>> {
+        if let Some((mut conv, name, own)) = self.convolution_of(edge) {
+            let sum = own.zip_rows(bias, |a, b| a + b)?;
+            conv.inputs[2] = self.graph.constant(&name, Data::Float(sum));
+            return Ok(Some(self.graph.push(conv)));
+        }
+        let Some(mut sum) = self.graph.producer(edge).filter(|node| node.op == "Add").cloned() else {
+            return Ok(None);
+        };
+        for place in 0..sum.inputs.len() {
+            if let Some(part) = self.merged(sum.inputs[place], bias)? {
+                sum.inputs[place] = part;
+                return Ok(Some(self.graph.push(sum)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The convolution behind a value with its bias, if it is one.
+    fn convolution_of(&self, edge: Edge) -> Option<(Node, String, Array)> {
+        let node = self.graph.producer(edge).filter(|node| node.op == "Conv")?;
         match self.graph.value(*node.inputs.get(2)?)? {
             (name, Data::Float(bias)) => Some((node.clone(), name.clone(), bias.clone())),
             _ => None,

@@ -30,11 +30,13 @@ pub enum Precision {
     /// Weights of convolutions and linear layers as 8-bit integers with a scale per output channel, all else f32: about a quarter
     /// of the size.
     Int8,
+    /// Weights and activations of convolutions and linear layers in 8 bits, see [`crate::quantise`].
+    Qdq,
 }
 
 impl Precision {
     /// Their names.
-    pub const NAMES: [&str; 3] = ["f32", "f16", "int8"];
+    pub const NAMES: [&str; 4] = ["f32", "f16", "int8", "qdq"];
 }
 
 impl fmt::Display for Precision {
@@ -47,7 +49,7 @@ impl FromStr for Precision {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let all = [Self::F32, Self::F16, Self::Int8];
+        let all = [Self::F32, Self::F16, Self::Int8, Self::Qdq];
         let found = all.into_iter().find(|precision| precision.to_string() == text);
         found.ok_or_else(|| format!("got `{text}`, expected `{}`", Self::NAMES.join("`, `")))
     }
@@ -121,24 +123,26 @@ impl Places {
             return None;
         }
         match precision {
-            Precision::F32 => None,
+            Precision::F32 | Precision::Qdq => None,
             Precision::F16 => half_precision(tensor),
-            Precision::Int8 => self.axes.get(&tensor.name).map(|axis| integers(tensor, *axis)),
+            Precision::Int8 => self.axes.get(&tensor.name).map(|axis| integers(tensor, *axis, LARGEST)),
         }
     }
 }
 
 /// The stored values of the convolution nearest to the output.
-fn head(graph: &GraphProto) -> Vec<String> {
+pub fn head(graph: &GraphProto) -> Vec<String> {
     let last = graph.node.iter().rev().find(|node| node.op_type == "Conv" || node.op_type == "Gemm");
     last.map(|node| node.input[1..].to_vec()).unwrap_or_default()
 }
 
-fn floats(tensor: &TensorProto) -> impl Iterator<Item = f32> + '_ {
+/// Its values as f32.
+pub fn floats(tensor: &TensorProto) -> impl Iterator<Item = f32> + '_ {
     tensor.raw_data.chunks_exact(4).map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
 }
 
-fn stored(name: String, kind: DataType, dims: Vec<i64>, raw_data: Vec<u8>) -> TensorProto {
+/// A stored value.
+pub fn stored(name: String, kind: DataType, dims: Vec<i64>, raw_data: Vec<u8>) -> TensorProto {
     TensorProto { name, data_type: kind as i32, dims, raw_data, ..Default::default() }
 }
 
@@ -166,13 +170,13 @@ fn half_precision(tensor: &TensorProto) -> Option<(Vec<TensorProto>, NodeProto)>
     Some((vec![stored(name, DataType::Float16, tensor.dims.clone(), bytes)], cast))
 }
 
-/// Symmetric: `round(w/scale)` with `scale = max|w|/127` per index of `axis`.
-fn integers(tensor: &TensorProto, axis: i64) -> (Vec<TensorProto>, NodeProto) {
+/// Symmetric: `round(w/scale)` with `scale = max|w|/largest` per index of `axis`.
+pub fn integers(tensor: &TensorProto, axis: i64, largest: f32) -> (Vec<TensorProto>, NodeProto) {
     let channel = channel(tensor, axis);
     let mut scales = vec![0.0f32; tensor.dims[axis as usize] as usize];
     for (i, value) in floats(tensor).enumerate() {
         let scale = &mut scales[channel(i)];
-        *scale = scale.max(value.abs() / LARGEST);
+        *scale = scale.max(value.abs() / largest);
     }
     scales.iter_mut().filter(|scale| **scale == 0.0).for_each(|scale| *scale = 1.0);
     let quantised = floats(tensor).enumerate().map(|(i, value)| (value / scales[channel(i)]).round() as i8);
@@ -199,11 +203,11 @@ mod tests {
     #[test]
     fn integers_have_a_scale_per_channel_of_either_axis() {
         let w = tensor(&[2, 2, 2], &[1.0, -2.0, 0.0, 0.0, 127.0, 63.5, 0.0, -0.4]);
-        let (constants, node) = integers(&w, 0);
+        let (constants, node) = integers(&w, 0, LARGEST);
         assert_eq!(constants[0].raw_data, [64u8, 129, 0, 0, 127, 64, 0, 0]);
         assert_eq!(floats(&constants[1]).collect::<Vec<_>>(), [2.0 / 127.0, 1.0]);
         assert_eq!((node.op_type.as_str(), node.output[0].as_str()), ("DequantizeLinear", "w"));
-        let (constants, _) = integers(&w, 1);
+        let (constants, _) = integers(&w, 1, LARGEST);
         assert_eq!(floats(&constants[1]).collect::<Vec<_>>(), [1.0, 0.4 / 127.0]);
         assert_eq!(constants[0].raw_data, [1u8, 254, 0, 0, 127, 64, 0, 129]);
     }

@@ -9,9 +9,10 @@ use tract_onnx::pb::{GraphProto, TensorProto};
 use crate::{Error, Result};
 
 /// Operators that a file may use, all of the default domain.
-pub const OPERATORS: [&str; 28] = [
+pub const OPERATORS: [&str; 29] = [
     "Add",
     "AveragePool",
+    "BatchNormalization",
     "Cast",
     "Clip",
     "Concat",

@@ -138,6 +138,11 @@ impl ModelFile {
 }
 
 impl ModelInfo {
+    /// Whether the network computes in 8-bit integers.
+    pub fn in_integers(&self) -> bool {
+        self.operators.contains_key("QuantizeLinear")
+    }
+
     /// `[channels, height, width]`.
     pub fn image_shape(&self) -> [usize; 3] {
         [self.image.channels, self.image.height, self.image.width]

@@ -29,7 +29,7 @@ impl Ort {
     pub fn open(provider: Provider, file: &ModelFile, options: &Options) -> Result<(Self, String)> {
         let library = ready(provider, options)?;
         let engine_error = |e: ort::Error| engine_error(&file.info.name, e);
-        let mut builder = builder(provider, &library, options)?;
+        let mut builder = builder(provider, &library, options, file.info.in_integers())?;
         let session = match &file.outside {
             Some(path) => builder.commit_from_file(path),
             None => builder.commit_from_memory(&file.bytes),
@@ -95,7 +95,7 @@ pub(crate) fn probe(provider: Provider, options: &Options) -> Result<String, (Op
     let library = library::load(options.ort_lib.as_deref()).map_err(|e| (None, e.for_provider(provider)))?;
     let attempt = || -> Result<()> {
         ready(provider, options)?;
-        let mut builder = builder(provider, &library, options)?;
+        let mut builder = builder(provider, &library, options, false)?;
         builder.commit_from_memory(&tiny_model()).map_err(|e| unusable(provider, &e))?;
         Ok(())
     };
@@ -116,6 +116,7 @@ fn builder(
     provider: Provider,
     library: &Library,
     options: &Options,
+    integers: bool,
 ) -> Result<ort::session::builder::SessionBuilder> {
     let cuda = || ep::CUDA::default().with_tf32(false).build().error_on_failure();
     let providers = match provider {
@@ -126,7 +127,7 @@ fn builder(
     let plain = || -> ort::Result<_> {
         Ok(Session::builder(&library.environment)?
             .with_optimization_level(GraphOptimizationLevel::All)?
-            .with_quant_qdq(false)? // 8-bit weights become f32 once, when the file is loaded
+            .with_quant_qdq(integers)? // else 8-bit weights become f32 once, when the file is loaded
             .with_intra_threads(options.threads())?
             .with_inter_threads(1)?)
     };

@@ -26,6 +26,11 @@ impl Tract {
     /// Optimises a model for its number of images per call.
     pub fn open(file: &ModelFile, options: &Options) -> Result<Self> {
         let info = &file.info;
+        if info.in_integers() {
+            let problem = "its activations are 8-bit integers, which tract rounds otherwise than ONNX says\n\n\
+                           hint: run it with onnxruntime (`--provider cpu`), or export the model with `--dtype int8`";
+            return Err(Error::File { name: info.name.clone(), problem: problem.to_owned() });
+        }
         let ([c, h, w], batch) = (info.image_shape(), info.batch.unwrap_or(1));
         let roles: Vec<Option<Role>> = info.inputs.iter().map(|p| p.role).collect();
         let build = || -> TractResult<Arc<TypedRunnableModel>> {

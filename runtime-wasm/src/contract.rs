@@ -46,6 +46,12 @@ impl Contract {
                 w.name
             )));
         }
+        if graph.node.iter().any(|node| node.op_type == "QuantizeLinear") {
+            return Err(Error::NotAGenerator(
+                "its activations are 8-bit integers, which this runtime does not compute\n\nhint: export it with `--dtype int8`"
+                    .to_owned(),
+            ));
+        }
         let inputs = inputs(graph);
         let known = inputs.iter().all(|i| [INPUT_Z, INPUT_CLASS].contains(&i.name.as_str()));
         let z = inputs.iter().find(|i| known && i.name == INPUT_Z).ok_or_else(|| {

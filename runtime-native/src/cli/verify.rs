@@ -36,7 +36,12 @@ pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
             for status in rest {
                 eprintln!("not run: {}: {}", status.provider, status.reason.unwrap_or_default());
             }
-            usable.into_iter().map(|status| status.provider).collect()
+            let mut usable: Vec<Provider> = usable.into_iter().map(|status| status.provider).collect();
+            if model.info.in_integers() {
+                eprintln!("not run: tract: it does not compute in 8-bit integers");
+                usable.retain(|provider| *provider != Provider::Tract);
+            }
+            usable
         }
     };
     if wanted.is_empty() {
