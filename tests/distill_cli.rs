@@ -216,8 +216,11 @@ fn a_damaged_base_is_refused_by_file_and_tensor() -> Result<()> {
 fn options_that_make_no_sense_are_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let base = fixture_path("tiny-class")?;
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 13] = [
         (&["--batch", "0"], "--batch"),
+        (&["--reg-until", "1.5"], "--reg-until"),
+        (&["--reg-until", "0.5", "--dm-weight", "0"], "nothing would be left"),
+        (&["--dm-draws", "0"], "--dm-draws"),
         (&["--lr", "0"], "learning rates"),
         (&["--ema", "1"], "--ema"),
         (&["--t-gen", "1000"], "--t-gen"),

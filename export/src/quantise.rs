@@ -135,6 +135,7 @@ fn write_integers(graph: &mut GraphProto, card: &ModelCard, method: Method) -> R
         }
         let exact = format!("{output}.exact");
         node.output[0].clone_from(&exact);
+        node.name.clone_from(&exact);
         writer.nodes.push(node);
         writer.rounded(&exact, &output, &output);
     }
