@@ -21,11 +21,11 @@ use crate::{Error, Result, external};
 pub struct ModelFile {
     /// What the file says about itself.
     pub info: ModelInfo,
-    #[cfg_attr(not(feature = "ort"), expect(dead_code, reason = "only onnxruntime reads the bytes again"))]
     pub(crate) bytes: Cow<'static, [u8]>,
     #[cfg_attr(not(feature = "tract"), expect(dead_code, reason = "only tract builds from the messages"))]
     pub(crate) proto: ModelProto,
     /// Path of the model, if weights lie in other files; they are in `proto`, not in `bytes`.
+    #[cfg_attr(not(feature = "ort"), expect(dead_code, reason = "only onnxruntime reads the files again"))]
     pub(crate) outside: Option<PathBuf>,
 }
 
