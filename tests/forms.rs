@@ -190,8 +190,8 @@ fn a_form_that_cannot_be_had_is_refused_and_writes_nothing() -> Result<()> {
     let base = repository().join("assets/ddpm-fashion");
     let teacher = ["--teacher", "--from", base.to_str().context("path")?];
     for (args, message) in [
-        (&["m.onnx", "--opset", "12"][..], "got opset 12, expected 13 to 22"),
-        (&["m.onnx", "--opset", "23"], "got opset 23, expected 13 to 22"),
+        (&["m.onnx", "--opset", "13"][..], "got opset 13, expected 14 to 22"),
+        (&["m.onnx", "--opset", "23"], "got opset 23, expected 14 to 22"),
         (&["m.onnx", "--batch", "0"], "0 is not in 1.."),
         (&["m.onnx", "--dtype", "f64"], "got `f64`"),
         (&["missing/m.onnx", "--golden"], "there is no directory `missing`"),

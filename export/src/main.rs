@@ -47,7 +47,7 @@ struct Arguments {
     /// Add the output `image`: `x_gen` as bytes, u8 [n, height, width, channels], rounded as dmd-run rounds pictures
     #[arg(long)]
     image: bool,
-    /// Version of ONNX's operator set, 13 to 22
+    /// Version of ONNX's operator set, 14 to 22
     #[arg(long, value_name = "N", default_value_t = dmd_export::model::OPSET)]
     opset: i64,
     /// Put the weights into OUT.data beside OUT; without this, only if the file would exceed ONNX's 2 GB

@@ -24,7 +24,7 @@ use crate::{Checkpoint, Error, Result, measure, pixels};
 /// Version of the operator set where none is asked for.
 pub const OPSET: i64 = 18;
 /// Versions of the operator set that have every operator of a file in the form that is written.
-pub const OPSETS: std::ops::RangeInclusive<i64> = 13..=22;
+pub const OPSETS: std::ops::RangeInclusive<i64> = 14..=22;
 
 /// What a file is to be like.
 #[derive(Clone, Debug, PartialEq, Eq)]
