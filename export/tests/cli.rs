@@ -112,6 +112,28 @@ fn wrong_usage_is_refused() -> Result<()> {
     refused(dir.path(), &["missing/out.onnx"], &["missing"])
 }
 
+/// A limit on the size of files stands for a full disk: writing fails in the middle either way.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_leaves_no_part_of_a_file() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    generator(dir.path())?;
+    fs::write(dir.path().join("old.onnx"), "precious")?;
+    for arguments in [&["out.onnx"][..], &["old.onnx", "--force"], &["out.onnx", "--external-data"]] {
+        let output = Command::new("sh")
+            .args(["-c", r#"trap "" XFSZ; ulimit -f 16; exec "$0" "$@""#, env!("CARGO_BIN_EXE_dmd-export")])
+            .current_dir(dir.path())
+            .args(arguments)
+            .output()?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(2), "{arguments:?}: {:?} {stderr}", output.status);
+        ensure!(stderr.contains("cannot write") && stderr.contains("too large"), "{stderr}");
+        ensure!(fs::read(dir.path().join("old.onnx"))? == b"precious");
+        ensure!(fs::read_dir(dir.path())?.count() == 2, "{arguments:?} left a file");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_damaged_checkpoint_is_refused_by_file_and_key() -> Result<()> {
     let dir = tempfile::tempdir()?;
