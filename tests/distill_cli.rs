@@ -212,14 +212,39 @@ fn a_damaged_base_is_refused_by_file_and_tensor() -> Result<()> {
     Ok(())
 }
 
+/// By regression alone first, with the critic still the base; then with a critic that learns.
+#[test]
+fn regression_alone_comes_first() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let base = fixture_path("tiny-class")?;
+    let mut args = small(&base, "run", "3");
+    args.extend(["--reg-steps", "2", "--reg-until", "0", "--lr-reg", "1e-3"]);
+    let done = distill(folder.path(), &args)?;
+    ensure!(done.code == Some(0), "{done:?}");
+    let stats: Vec<Value> = read_text(&folder.path().join("run/stats.jsonl"))?
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<std::result::Result<_, _>>()?;
+    let above_zero = |name: &str| -> Vec<bool> {
+        stats.iter().map(|line| line[name].as_f64().is_some_and(|value| value > 0.0)).collect()
+    };
+    ensure!(above_zero("reg") == [true, true, false, false, false], "{stats:?}");
+    ensure!(above_zero("fake") == [false, false, true, true, true], "{stats:?}");
+    // In the first update that matches distributions the critic is the base, so that there is nothing to match yet.
+    ensure!(above_zero("dm") == [false, false, false, true, true], "{stats:?}");
+    Ok(())
+}
+
 #[test]
 fn options_that_make_no_sense_are_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let base = fixture_path("tiny-class")?;
-    let cases: [(&[&str], &str); 13] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["--batch", "0"], "--batch"),
         (&["--reg-until", "1.5"], "--reg-until"),
         (&["--reg-until", "0.5", "--dm-weight", "0"], "nothing would be left"),
+        (&["--reg-steps", "5", "--dm-weight", "0"], "--reg-steps"),
+        (&["--lr-reg", "1"], "learning rates"),
         (&["--dm-draws", "0"], "--dm-draws"),
         (&["--lr", "0"], "learning rates"),
         (&["--ema", "1"], "--ema"),

@@ -61,23 +61,23 @@ fn a_run_that_rolls_back_is_continued_alike() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let run = |out: &str, steps: &str| -> Result<Finished> {
         let mut args = small(out, steps)?;
-        args.extend(["--lr", "2e-3", "--eval-every", "2"].map(str::to_owned));
+        args.extend(["--lr", "5e-3", "--ema", "0", "--eval-every", "1"].map(str::to_owned));
         run_bin("dmd-distill", folder.path(), args)
     };
-    let whole = run("whole", "40")?;
+    let whole = run("whole", "100")?;
     let rolled_back = |done: &Finished| done.stderr.matches("going back to the weights of step").count();
     ensure!(whole.code == Some(0) && rolled_back(&whole) == 4, "{whole:?}");
     ensure!(whole.stderr.contains("the samples collapsed 4 times"), "{whole:?}");
     let stats = read_text(&folder.path().join("whole/stats.jsonl"))?;
     let steps = stats.lines().count();
-    ensure!(steps < 40, "it did not end early: {steps}");
+    ensure!(steps < 100, "it did not end early: {steps}");
     let card = read_text(&folder.path().join("whole/generator/card.json"))?;
     let card: serde_json::Value = serde_json::from_str(&card)?;
     ensure!(card["training"]["steps"].as_u64().is_some_and(|step| step < steps as u64), "{card}");
-    for (out, first) in [("early", "5"), ("late", "9")] {
+    for (out, first) in [("early", "33"), ("late", "37")] {
         let before = run(out, first)?;
         ensure!(before.code == Some(0), "{before:?}");
-        let after = distill(folder.path(), &["--resume", out, "--train-steps", "40"])?;
+        let after = distill(folder.path(), &["--resume", out, "--train-steps", "100"])?;
         ensure!(after.code == Some(0) && rolled_back(&before) + rolled_back(&after) == 4, "{after:?}");
         same(folder.path(), ["whole", out])?;
     }
@@ -168,9 +168,15 @@ fn dmd2_goes_the_whole_way_and_is_continued_alike() -> Result<()> {
 fn a_killed_run_ends_like_an_uninterrupted_one() -> Result<()> {
     const STEPS: u64 = 40;
     let folder = tempfile::tempdir()?;
-    run_small(folder.path(), "whole", "40")?;
+    let staged = |out: &str| -> Result<Vec<String>> {
+        let mut args = small(out, "30")?;
+        args.extend(["--reg-steps", "10", "--lr-reg", "1e-3"].map(str::to_owned));
+        Ok(args)
+    };
+    let whole = run_bin("dmd-distill", folder.path(), staged("whole")?)?;
+    ensure!(whole.code == Some(0), "{whole:?}");
     let run = folder.path().join("killed");
-    let start = small("killed", "40")?;
+    let start = staged("killed")?;
     let resume = ["--resume", "killed"].map(str::to_owned).to_vec();
     let begin = |log: &Path| -> Result<Child> {
         let arguments = if run.exists() { &resume } else { &start };

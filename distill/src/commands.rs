@@ -75,10 +75,10 @@ pub fn distill(args: DistillArgs) -> Result<()> {
         let mut options: DistillOptions = run.options()?;
         if let Some(steps) = args.recipe.train_steps.filter(|steps| *steps != options.train_steps) {
             let saved = run.saved_step()?;
-            if steps == 0 || steps < saved {
+            let least = saved.saturating_sub(options.reg_steps).max(1);
+            if steps < least {
                 return Err(Error::Request(format!(
-                    "got `--train-steps {steps}`, expected at least {}: the run in `{}` has come to step {saved}",
-                    saved.max(1),
+                    "got `--train-steps {steps}`, expected at least {least}: the run in `{}` has come to step {saved}",
                     folder.display()
                 )));
             }
@@ -171,11 +171,12 @@ fn estimate(options: &DistillOptions, base: &Checkpoint, target: &Device) -> Res
     let guided = f64::from(u8::from(options.guidance != 1.0));
     let cost = cost(options, base, &summary, guided)?;
     let passes = cost.passes;
-    let training = options.train_steps as f64 * options.batch as f64 * passes * seconds;
+    let all = options.reg_steps as f64 * cost.alone + options.train_steps as f64 * passes;
+    let training = all * options.batch as f64 * seconds;
     let per_step = (1.0 + guided) * if options.pair_sampler == Sampler::Heun { 2.0 } else { 1.0 };
     let pairs = options.pairs as f64 * options.pair_steps as f64 * per_step * seconds;
     let [program, weights, activations] = memory(&summary, cost.kept * options.batch as f64, target.is_cpu());
-    let grids = options.train_steps.div_ceil(options.sample_every) as f64 * options.samples as f64;
+    let grids = options.all_steps().div_ceil(options.sample_every) as f64 * options.samples as f64;
     let pictures = (grids + options.samples.min(20) as f64 * TEACHER_STEPS as f64) * seconds;
     eprintln!(
         "parameters {}, {} million multiply-adds per image\n\
@@ -201,6 +202,8 @@ fn estimate(options: &DistillOptions, base: &Checkpoint, target: &Device) -> Res
 struct Cost {
     /// Passes; one on the way back counts as two.
     passes: f64,
+    /// The same by regression alone.
+    alone: f64,
     /// Passes whose values are kept at the same time.
     kept: f64,
 }
@@ -208,7 +211,7 @@ struct Cost {
 /// A generator update and the critic updates that follow it. The discriminator sees half of a network.
 fn cost(options: &DistillOptions, base: &Checkpoint, summary: &shapes::Summary, guided: f64) -> Result<Cost> {
     let (mut generator, mut generator_kept, mut critic, mut critic_kept) = (0.0, 0.0, 0.0, 0.0);
-    let updates = options.fake_updates as f64;
+    let (updates, mut alone) = (options.fake_updates as f64, 0.0);
     if options.has_critic() {
         let draws = if options.dm_weight > 0.0 { options.dm_draws as f64 } else { 0.0 };
         let matching = draws * (2.0 + guided);
@@ -223,10 +226,11 @@ fn cost(options: &DistillOptions, base: &Checkpoint, summary: &shapes::Summary, 
         let (shape, range) = (base.config.image_shape(), base.config.range());
         let (multiply_adds, kept) = Regression::load(&options.reg, shape, range, &Device::Cpu)?.cost()?;
         let distance = 3.0 * multiply_adds as f64 / summary.total_macs().max(1) as f64;
-        generator += options.reg_until * (3.0 + distance);
+        alone = 3.0 + distance;
+        generator += options.reg_until * alone;
         generator_kept += 1.0 + kept as f64 / summary.activations.max(1) as f64;
     }
-    Ok(Cost { passes: generator + critic, kept: generator_kept.max(critic_kept) })
+    Ok(Cost { passes: generator + critic, alone, kept: generator_kept.max(critic_kept) })
 }
 
 /// Gigabytes of the program, of everything as large as the weights, and of `images` on their way back.

@@ -161,16 +161,24 @@ impl<'a> Distillation<'a> {
     /// One update of the generator and those of the critic that follow it.
     pub fn update(&mut self, step: u64, material: &Material) -> Result<Update> {
         let mut update = self.update_generator(&self.dice.generator(step, material)?)?;
-        for k in 0..if self.options.has_critic() { self.options.fake_updates } else { 0 } {
+        for k in 0..if self.options.matches(step) { self.options.fake_updates } else { 0 } {
             self.update_critic(&self.dice.critic(step, k, material)?, &mut update)?;
         }
         Ok(update)
     }
 
-    /// Sets both learning rates to this share of the options'.
-    pub fn set_rate(&mut self, factor: f64) {
-        self.generator_optimiser.config.lr = self.options.lr * factor;
-        self.fake_optimiser.config.lr = self.options.lr_fake * factor;
+    /// Sets the learning rates of generator and critic.
+    pub fn set_rates(&mut self, [generator, fake]: [f64; 2]) {
+        self.generator_optimiser.config.lr = generator;
+        self.fake_optimiser.config.lr = fake;
+    }
+
+    /// Starts the generator's optimiser anew, with its warm-up: the moments of regression alone are of gradients so small
+    /// that the first ones of distribution matching would throw the weights far off.
+    pub fn forget_moments(&mut self) -> Result<()> {
+        let config = AdamWConfig { lr: self.options.lr, ..self.generator_optimiser.config.clone() };
+        self.generator_optimiser = AdamW::new(config, self.generator.variables())?;
+        Ok(())
     }
 
     /// Algorithm 1, lines 5 to 13.
@@ -186,14 +194,14 @@ impl<'a> Distillation<'a> {
         let (o, class) = (self.options, draws.input.class.as_ref());
         let generate = |input: &Input| self.generate(&self.generator, input);
         let x_ref = draws.pairs.as_ref().map(|pairs| generate(&pairs.input)).transpose()?;
-        let x_gen = match (&x_ref, o.has_critic()) {
-            (Some(x_ref), false) => x_ref.clone(),
+        let x_gen = match (&x_ref, &draws.matching, &draws.adversarial) {
+            (Some(x_ref), None, None) => x_ref.clone(),
             _ => generate(&draws.input)?,
         };
         let mut update = Update::new(x_gen.detach(), class.cloned());
         let mut terms = Vec::new();
-        if o.dm_weight > 0.0 {
-            let gradient = self.matching_gradient(&update.x_gen, class, &draws.matching)?;
+        if let Some(noise) = &draws.matching {
+            let gradient = self.matching_gradient(&update.x_gen, class, noise)?;
             let dm = losses::distribution_matching(&x_gen, &gradient)?;
             update.dm = scalar(&dm)?;
             terms.push((dm * o.dm_weight)?);

@@ -58,7 +58,7 @@ pub struct GeneratorDraws {
     /// For distribution matching and the adversarial loss.
     pub input: Input,
     /// Where distributions are matched: for all images, then for all again, as often as the options say.
-    pub matching: Noise,
+    pub matching: Option<Noise>,
     /// For the regression loss.
     pub pairs: Option<PairBatch>,
     /// For the adversarial loss.
@@ -98,7 +98,10 @@ impl Dice<'_> {
         let mut random = Random::new(o.seed, Purpose::Generator, step);
         let input = self.input(&mut random)?;
         let [from, to] = self.matching_steps();
-        let matching = self.noise(&mut random, from, to, o.dm_draws * o.batch)?;
+        let matching = match o.matches(step) && o.dm_weight > 0.0 {
+            false => None,
+            true => Some(self.noise(&mut random, from, to, o.dm_draws * o.batch)?),
+        };
         let pairs = match &material.pairs {
             Some(pairs) if o.regresses(step) => {
                 let indices: Vec<usize> = (0..o.batch).map(|_| random.below(pairs.count())).collect();
@@ -107,7 +110,7 @@ impl Dice<'_> {
             }
             _ => None,
         };
-        let adversarial = match o.gan_weight > 0.0 {
+        let adversarial = match o.matches(step) && o.gan_weight > 0.0 {
             false => None,
             true => {
                 let mut random = Random::new(o.seed, Purpose::Adversarial, step);

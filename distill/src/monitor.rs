@@ -55,8 +55,9 @@ pub enum Verdict {
 }
 
 impl Look {
-    /// Of images `[n, …]` in `range`, where image `k` and image `k + stride` have the same class.
+    /// Of images `[n, …]` as they are shown, clamped to `range`; image `k` and image `k + stride` have the same class.
     pub fn new(values: &[f32], n: usize, stride: usize, [lo, hi]: [f32; 2]) -> Self {
+        let values: Vec<f32> = values.iter().map(|v| v.clamp(lo, hi)).collect();
         let span = f64::from(hi - lo);
         let size = values.len() / n.max(1);
         let count = values.len().max(1) as f64;

@@ -130,6 +130,13 @@ pub struct Recipe {
     /// Generator updates [default: 2000]
     #[arg(long, value_name = "N")]
     pub train_steps: Option<u64>,
+    /// Generator updates by regression alone that come before those: cheap ones, which give every noise its image, so that
+    /// distribution matching has only to sharpen it [default: 0]
+    #[arg(long, value_name = "N")]
+    pub reg_steps: Option<u64>,
+    /// Learning rate of the generator in the updates by regression alone [default: that of --lr]
+    #[arg(long, value_name = "X")]
+    pub lr_reg: Option<f64>,
     /// Images per update [default: 32]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
@@ -223,7 +230,7 @@ pub struct Recipe {
     #[arg(long, value_name = "N")]
     pub save_every: Option<u64>,
     /// Updates between judgements of samples: brightness, contrast, diversity and, where the program has a classifier of the
-    /// data, the kernel distance to real images [default: 50]
+    /// data, the kernel distance to real images; ten times as many between those of --reg-steps [default: 50]
     #[arg(long, value_name = "N")]
     pub eval_every: Option<u64>,
     /// Images of a judgement; 0 judges without the metric [default: 1000]
@@ -334,6 +341,8 @@ impl Recipe {
             t_max: self.t_max.or(other.t_max),
             reg: self.reg.or(other.reg),
             reg_until: self.reg_until.or(other.reg_until),
+            reg_steps: self.reg_steps.or(other.reg_steps),
+            lr_reg: self.lr_reg.or(other.lr_reg),
             gan_weight: self.gan_weight.or(other.gan_weight),
             gan_weight_fake: self.gan_weight_fake.or(other.gan_weight_fake),
             train_steps: self.train_steps.or(other.train_steps),
@@ -367,8 +376,11 @@ impl Recipe {
     pub fn beside(self, asked: &Self) -> Self {
         let regression = asked.method != Some(Method::Dmd2) && asked.lambda_reg != Some(0.0);
         let (pairs, lambda_reg) = if regression { (self.pairs, self.lambda_reg) } else { (None, None) };
-        let reg_until = if asked.dm_weight == Some(0.0) { None } else { self.reg_until };
-        Self { pairs, lambda_reg, reg_until, ..self }
+        let matching = asked.dm_weight != Some(0.0);
+        let reg_until = self.reg_until.filter(|_| matching);
+        let reg_steps = self.reg_steps.filter(|_| matching && regression);
+        let gan_weight = self.gan_weight.filter(|_| matching);
+        Self { pairs, lambda_reg, reg_until, reg_steps, gan_weight, ..self }
     }
 
     /// Fills in the defaults for a base and checks the result.
@@ -422,6 +434,8 @@ impl Recipe {
             pair_sampler,
             guidance,
             train_steps: self.train_steps.unwrap_or(2000),
+            reg_steps: self.reg_steps.unwrap_or(0),
+            lr_reg: self.lr_reg.unwrap_or(lr),
             batch: self.batch.unwrap_or(32),
             lr,
             lr_fake: self.lr_fake.unwrap_or(lr),

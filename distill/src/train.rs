@@ -79,15 +79,21 @@ pub struct DistillOptions {
     pub data: Option<String>,
     /// Classifier-free guidance of the teacher, for pairs and distribution matching; 1 is none.
     pub guidance: f64,
-    /// Generator updates.
+    /// Generator updates, after those by regression alone.
     pub train_steps: u64,
+    /// Generator updates by regression alone, which come first.
+    #[serde(default)]
+    pub reg_steps: u64,
+    /// Learning rate of the generator in these.
+    #[serde(default)]
+    pub lr_reg: f64,
     /// Images per update.
     pub batch: usize,
     /// Learning rate of the generator.
     pub lr: f64,
     /// Learning rate of the critic.
     pub lr_fake: f64,
-    /// How both change over the updates.
+    /// How both change over the updates; [`Self::lr_reg`] likewise, over its own.
     pub lr_schedule: LrSchedule,
     /// Updates of warm-up, for both.
     pub warmup: u64,
@@ -111,7 +117,7 @@ pub struct DistillOptions {
     pub lambda_reg: f64,
     /// Distance of the regression loss.
     pub reg: Distance,
-    /// Share of the updates that have the regression loss.
+    /// Share of the updates after those by regression alone that have the regression loss too.
     #[serde(default = "all")]
     pub reg_until: f64,
     /// Weight of the adversarial loss in the generator's; 0 trains without real images.
@@ -152,9 +158,19 @@ fn all() -> f64 {
 }
 
 impl DistillOptions {
+    /// All updates of the generator.
+    pub fn all_steps(&self) -> u64 {
+        self.reg_steps + self.train_steps
+    }
+
     /// Whether update number `step` has the regression loss.
     pub fn regresses(&self, step: u64) -> bool {
-        (step as f64) < self.reg_until * self.train_steps as f64
+        step < self.reg_steps || ((step - self.reg_steps) as f64) < self.reg_until * self.train_steps as f64
+    }
+
+    /// Whether update number `step` has losses that need the critic, which is then updated too.
+    pub fn matches(&self, step: u64) -> bool {
+        step >= self.reg_steps && self.has_critic()
     }
 
     /// Whether any loss of the generator needs the critic; regression alone does not.
@@ -162,9 +178,21 @@ impl DistillOptions {
         self.dm_weight > 0.0 || self.gan_weight > 0.0
     }
 
-    /// Factor on both learning rates at a step: the schedule's, and a half for every return to the best state.
-    fn rate(&self, step: u64, rollbacks: u32) -> f64 {
-        self.lr_schedule.factor(step, self.train_steps) * 0.5f64.powi(rollbacks as i32)
+    /// Whether samples are judged after `step` updates: more rarely while updates are cheap.
+    fn judges(&self, step: u64) -> bool {
+        let every = if step < self.reg_steps { 10 * self.eval_every } else { self.eval_every };
+        step.is_multiple_of(every) || step == self.reg_steps
+    }
+
+    /// Learning rates of generator and critic at a step: by the schedule, and half as much for every return to the best
+    /// state.
+    fn rates(&self, step: u64, rollbacks: u32) -> [f64; 2] {
+        let (lr, step, steps) = match step.checked_sub(self.reg_steps) {
+            None => (self.lr_reg, step, self.reg_steps),
+            Some(step) => (self.lr, step, self.train_steps),
+        };
+        let factor = self.lr_schedule.factor(step, steps) * 0.5f64.powi(rollbacks as i32);
+        [lr * factor, self.lr_fake * factor]
     }
 
     /// The pairs that belong to these options. The run's own copy of the base is another file than the base.
@@ -268,21 +296,24 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
         save_samples(&work, run, options, 0, &ema.tensors)?;
     }
 
-    let mut progress = Progress::new("distil", step, options.train_steps);
+    let mut progress = Progress::new("distil", step, options.all_steps());
     let (mut shown, mut collapsed) = (String::new(), false);
-    while step < options.train_steps {
-        work.set_rate(options.rate(step, monitor.rollbacks));
+    while step < options.all_steps() {
+        if step == options.reg_steps && step > 0 {
+            work.forget_moments()?;
+        }
+        work.set_rates(options.rates(step, monitor.rollbacks));
         let update = work.update(step, &material).map_err(|e| diverged(e, step, run))?;
         ema.update(work.generator.variables())?;
         step += 1;
-        let last = step == options.train_steps;
+        let last = step == options.all_steps();
         let mut line = json!({
             "step": step, "dm": update.dm, "reg": update.reg, "fake": update.fake,
             "adversarial": update.adversarial, "discrimination": update.discrimination,
             "grad_norm": update.norm, "fake_grad_norm": update.fake_norm,
         });
         let mut verdict = Verdict::Fine;
-        if step.is_multiple_of(options.eval_every) {
+        if options.judges(step) {
             if monitor.reference.is_none() {
                 monitor.reference = Some(judge.reference(&base)?);
             }
@@ -316,6 +347,9 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
                     best.step
                 );
                 work = Distillation::new(options, &base, Start::State(&best.tensors), device)?;
+                if best.step <= options.reg_steps && options.matches(step) {
+                    work.forget_moments()?;
+                }
                 ema = Ema::new(options.ema, step, part(&best.tensors, "ema.")?);
             }
         }
@@ -399,9 +433,9 @@ fn finished(
 ) -> Checkpoint {
     let images = step * o.batch as u64;
     let training = json!({
-        "method": o.method, "steps": step, "steps_trained": o.train_steps, "images": images, "batch": o.batch, "lr": o.lr,
+        "method": o.method, "steps": step, "steps_trained": o.all_steps(), "images": images, "batch": o.batch, "lr": o.lr,
         "lr_fake": o.lr_fake, "lambda_reg": o.lambda_reg, "pairs": o.pairs, "pair_steps": o.pair_steps,
-        "fake_updates": o.fake_updates, "ema": o.ema, "guidance": o.guidance, "second_stage": o.init.is_some(),
+        "reg_steps": o.reg_steps, "lr_reg": o.lr_reg, "fake_updates": o.fake_updates, "ema": o.ema, "guidance": o.guidance, "second_stage": o.init.is_some(),
         "dm_weight": o.dm_weight, "gan_weight": o.gan_weight, "gan_weight_fake": o.gan_weight_fake, "reg": o.reg, "reg_until": o.reg_until,
         "dm_draws": o.dm_draws, "clamp": o.clamp, "seed": o.seed,
     });

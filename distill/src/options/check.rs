@@ -23,7 +23,17 @@ pub fn check(o: &DistillOptions, schedule: &Schedule) -> Result<()> {
             "after `--reg-until` nothing would be left to learn from\n\nhint: leave it out, or give another loss a weight",
         ),
         (
-            o.lr > 0.0 && o.lr < 1.0 && o.lr_fake > 0.0 && o.lr_fake < 1.0,
+            o.reg_steps == 0 || (o.lambda_reg > 0.0 && o.has_critic()),
+            "`--reg-steps` go before distribution matching, and need pairs\n\nhint: leave them out, or give `--lambda-reg` \
+             and `--dm-weight` a weight",
+        ),
+        (
+            o.lr_reg > 0.0
+                && o.lr_reg < 1.0
+                && o.lr > 0.0
+                && o.lr < 1.0
+                && o.lr_fake > 0.0
+                && o.lr_fake < 1.0,
             "learning rates lie between 0 and 1",
         ),
         ((0.0..1.0).contains(&o.ema), "`--ema` lies from 0 to below 1"),
