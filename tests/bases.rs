@@ -11,7 +11,7 @@ use dmd_core::net::shapes::summarise;
 use dmd_distill::network::{Engine, Network, Tensors};
 use dmd_distill::ops::CandleOps;
 use dmd_export::{Array, Checkpoint, Kind, export};
-use dmd_runtime_native::{Batch, Model, ModelFile, Options, Provider};
+use dmd_runtime_native::{Batch, Generator, ModelFile, Options, Provider};
 use dmd_tests::{Golden, compare, compare_gradient, seeded};
 
 const CPU: Device = Device::Cpu;
@@ -139,7 +139,7 @@ fn exported_teachers_match_pytorch_in_both_engines() -> Result<()> {
         let bytes = export(&checkpoint, Kind::Teacher)?.bytes;
         for provider in [Provider::Tract, Provider::Cpu] {
             let options = Options { provider, threads: Some(2), ort_lib: None };
-            let mut model = Model::load(ModelFile::parse(&case, bytes.clone())?, &options)?;
+            let model = Generator::load(ModelFile::parse(&case, bytes.clone())?, &options)?;
             let got = model.evaluate(&Batch { n, x: &x_t.data, t: &t, class: &class })?;
             compare(&format!("{case} by {provider}"), &got, &expected, EXPORTED)?;
         }

@@ -11,7 +11,7 @@ use dmd_core::pixels::to_image;
 use dmd_export::model::OPSETS;
 use dmd_export::partial::{Exporter, Value};
 use dmd_export::{Array, Checkpoint, Form, Kind, evaluate, export, export_in, pixels};
-use dmd_runtime_native::{Batch, Class, Model, ModelFile, Options, Provider, Request};
+use dmd_runtime_native::{Batch, Class, Generator, ModelFile, Options, Provider, Request};
 use dmd_tests::{Finished, compare, fixture, refused, repository, run_bin};
 use tempfile::TempDir;
 use tract_onnx::pb::{ModelProto, OperatorSetIdProto};
@@ -25,9 +25,9 @@ fn generator() -> Result<Checkpoint> {
     Ok(Checkpoint { generator, ..Checkpoint::load(&fixture("tiny-class"))? })
 }
 
-fn load(bytes: &[u8], provider: Provider) -> Result<Model> {
+fn load(bytes: &[u8], provider: Provider) -> Result<Generator> {
     let options = Options { provider, threads: Some(2), ort_lib: None };
-    Ok(Model::load(ModelFile::parse("generator", bytes.to_vec())?, &options)?)
+    Ok(Generator::load(ModelFile::parse("generator", bytes.to_vec())?, &options)?)
 }
 
 fn export_cli(cwd: &Path, args: &[&str]) -> Result<Finished> {
@@ -46,15 +46,15 @@ fn a_fixed_batch_runs_for_any_number_of_images() -> Result<()> {
     let checkpoint = generator()?;
     let free = export(&checkpoint, Kind::Generator)?;
     for provider in [Provider::Tract, Provider::Cpu] {
-        let mut expected = load(&free.bytes, provider)?;
+        let expected = load(&free.bytes, provider)?;
         for batch in [1, 3] {
             let form = Form { batch: Some(batch), ..Form::default() };
-            let mut model = load(&export_in(&checkpoint, Kind::Generator, &form)?.bytes, provider)?;
+            let model = load(&export_in(&checkpoint, Kind::Generator, &form)?.bytes, provider)?;
             ensure!(model.info().batch == Some(batch));
             for (count, class) in [(1, Class::One(4)), (3, Class::Cycle), (7, Class::Cycle)] {
                 let request = Request { class, first: 2, ..Request::new(9, count) };
-                let got = model.generate(&request, &|_| {})?.values;
-                let expected = expected.generate(&request, &|_| {})?.values;
+                let got = model.sample(&request, &|_| {})?.values;
+                let expected = expected.sample(&request, &|_| {})?.values;
                 compare(&format!("{provider}, {count} by {batch}"), &got, &expected, SMALL)?;
             }
         }
@@ -71,7 +71,7 @@ fn a_fixed_batch_of_a_teacher_follows_its_steps() -> Result<()> {
         [export(&checkpoint, Kind::Teacher)?.bytes, export_in(&checkpoint, Kind::Teacher, &form)?.bytes];
     for provider in [Provider::Tract, Provider::Cpu] {
         let values = |bytes: &[u8]| -> Result<Vec<f32>> {
-            Ok(load(bytes, provider)?.generate(&request, &|_| {})?.values)
+            Ok(load(bytes, provider)?.sample(&request, &|_| {})?.values)
         };
         compare(&provider.to_string(), &values(&bytes[1])?, &values(&bytes[0])?, SMALL)?;
     }
@@ -114,7 +114,7 @@ fn the_output_image_leaves_the_other_as_it_is() -> Result<()> {
         [export(&checkpoint, Kind::Generator)?.bytes, export_in(&checkpoint, Kind::Generator, &form)?.bytes];
     for provider in [Provider::Tract, Provider::Cpu] {
         let values = |bytes: &[u8]| -> Result<Vec<f32>> {
-            Ok(load(bytes, provider)?.generate(&Request::new(2, 3), &|_| {})?.values)
+            Ok(load(bytes, provider)?.sample(&Request::new(2, 3), &|_| {})?.values)
         };
         compare(&provider.to_string(), &values(&bytes[1])?, &values(&bytes[0])?, SMALL)?;
     }

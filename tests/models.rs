@@ -81,7 +81,7 @@ pub fn teacher(dir: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn port(name: &str, dims: &[&str], dtype: DataType) -> pb::ValueInfoProto {
+pub fn port(name: &str, dims: &[&str], dtype: DataType) -> pb::ValueInfoProto {
     let value = |d: &&str| d.parse().map_or_else(|_| Dim::DimParam((*d).to_owned()), Dim::DimValue);
     let dim = dims.iter().map(|d| Dimension { value: Some(value(d)), ..Default::default() }).collect();
     let tensor = type_proto::Tensor { elem_type: dtype as i32, shape: Some(pb::TensorShapeProto { dim }) };
@@ -89,7 +89,7 @@ fn port(name: &str, dims: &[&str], dtype: DataType) -> pb::ValueInfoProto {
     pb::ValueInfoProto { name: name.to_owned(), r#type: Some(r#type), ..Default::default() }
 }
 
-fn node(op: &str, inputs: &[&str], output: &str) -> pb::NodeProto {
+pub fn node(op: &str, inputs: &[&str], output: &str) -> pb::NodeProto {
     pb::NodeProto {
         op_type: op.to_owned(),
         input: inputs.iter().map(|i| (*i).to_owned()).collect(),
@@ -98,7 +98,7 @@ fn node(op: &str, inputs: &[&str], output: &str) -> pb::NodeProto {
     }
 }
 
-fn model(
+pub fn model(
     (input, output): (Vec<pb::ValueInfoProto>, Vec<pb::ValueInfoProto>),
     node: Vec<pb::NodeProto>,
     initializer: Vec<pb::TensorProto>,

@@ -16,7 +16,7 @@ use dmd_core::noise::{standard_normal, step_noise};
 use dmd_core::sampler::Trajectory;
 use dmd_core::schedule::Schedule;
 use dmd_runtime_native::{
-    BUNDLED, BUNDLED_NAME, Class, Model, ModelFile, Options, Provider, Request, Sampler, Samples,
+    BUNDLED, BUNDLED_NAME, Class, Generator, Images, ModelFile, Options, Provider, Request, Sampler,
 };
 use dmd_tests::{binary, compare, repository};
 use tempfile::TempDir;
@@ -36,16 +36,16 @@ fn options(provider: Provider, threads: usize) -> Result<Options> {
     Ok(Options { provider, threads: Some(threads), ort_lib: None })
 }
 
-fn bundled(provider: Provider, threads: usize) -> Result<Model> {
-    Ok(Model::load(ModelFile::parse(BUNDLED_NAME, BUNDLED)?, &options(provider, threads)?)?)
+fn bundled(provider: Provider, threads: usize) -> Result<Generator> {
+    Ok(Generator::load(ModelFile::parse(BUNDLED_NAME, BUNDLED)?, &options(provider, threads)?)?)
 }
 
-fn images(model: &mut Model, seed: u32, first: u64, count: usize) -> Result<Samples> {
-    Ok(model.generate(&Request { first, ..Request::new(seed, count) }, &|_| {})?)
+fn images(model: &Generator, seed: u32, first: u64, count: usize) -> Result<Images> {
+    Ok(model.sample(&Request { first, ..Request::new(seed, count) }, &|_| {})?)
 }
 
-fn levels_apart(a: &Samples, b: &Samples) -> u8 {
-    let bytes = |s: &Samples| s.images().into_iter().flat_map(|i| i.data).collect::<Vec<u8>>();
+fn levels_apart(a: &Images, b: &Images) -> u8 {
+    let bytes = |s: &Images| s.pixels().into_iter().flat_map(|i| i.data).collect::<Vec<u8>>();
     let (a, b) = (bytes(a), bytes(b));
     assert_eq!(a.len(), b.len());
     a.iter().zip(&b).map(|(a, b)| a.abs_diff(*b)).max().unwrap_or(0)
@@ -53,13 +53,12 @@ fn levels_apart(a: &Samples, b: &Samples) -> u8 {
 
 #[test]
 fn both_engines_draw_the_same_pictures() -> Result<()> {
-    let (mut tract, mut cpu) = (bundled(Provider::Tract, 2)?, bundled(Provider::Cpu, 2)?);
+    let (tract, cpu) = (bundled(Provider::Tract, 2)?, bundled(Provider::Cpu, 2)?);
     for seed in 0..64 {
-        let (a, b) =
-            (images(&mut tract, seed, u64::from(seed), 1)?, images(&mut cpu, seed, u64::from(seed), 1)?);
+        let (a, b) = (images(&tract, seed, u64::from(seed), 1)?, images(&cpu, seed, u64::from(seed), 1)?);
         let apart = levels_apart(&a, &b);
         assert!(apart <= 1, "seed {seed}: {apart} levels apart");
-        let range = |s: &Samples| s.values.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+        let range = |s: &Images| s.values.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
         assert!(range(&a) > -0.9, "seed {seed}: the picture is black");
     }
     Ok(())
@@ -68,18 +67,35 @@ fn both_engines_draw_the_same_pictures() -> Result<()> {
 #[test]
 fn an_image_depends_on_its_seed_and_number_alone() -> Result<()> {
     for provider in [Provider::Tract, Provider::Cpu] {
-        let all = images(&mut bundled(provider, 1)?, 7, 0, 70)?;
-        let mut model = bundled(provider, 3)?;
-        let tail = images(&mut model, 7, 66, 4)?;
-        let one = images(&mut model, 7, 66, 1)?;
+        let all = images(&bundled(provider, 1)?, 7, 0, 70)?;
+        let model = bundled(provider, 3)?;
+        let tail = images(&model, 7, 66, 4)?;
+        let one = images(&model, 7, 66, 1)?;
         let len = one.values.len();
-        let part = |from: usize, n: usize| Samples {
+        let part = |from: usize, n: usize| Images {
             values: all.values[from * len..(from + n) * len].to_vec(),
             ..all.clone()
         };
         assert_eq!(levels_apart(&part(66, 4), &tail), 0, "{provider}: count and threads");
         assert_eq!(levels_apart(&part(66, 1), &one), 0, "{provider}: batch");
         assert!(levels_apart(&part(0, 1), &part(10, 1)) > 1, "{provider}: two images of a class are one");
+    }
+    Ok(())
+}
+
+#[test]
+fn threads_share_a_generator() -> Result<()> {
+    for provider in [Provider::Tract, Provider::Cpu] {
+        let model = bundled(provider, 1)?;
+        let draw = |seed| model.generate(seed, 3, Class::Cycle).map(|images| images.values);
+        let alone = [draw(1)?, draw(2)?];
+        let shared = std::thread::scope(|scope| {
+            let threads = [1, 2, 1, 2].map(|seed| scope.spawn(move || draw(seed)));
+            threads.map(|thread| thread.join().expect("a thread panicked"))
+        });
+        for (k, images) in shared.into_iter().enumerate() {
+            assert!(images? == alone[k % 2], "{provider}: thread {k} drew other images");
+        }
     }
     Ok(())
 }
@@ -91,7 +107,7 @@ fn a_teacher_follows_the_sampler() -> Result<()> {
     let path = teacher(dir.path())?;
     let schedule = Schedule::new(&serde_json::from_value(schedule_json())?);
     for provider in [Provider::Tract, Provider::Cpu] {
-        let mut model = Model::open(&path, &options(provider, 1)?)?;
+        let model = Generator::open(&path, &options(provider, 1)?)?;
         for (steps, class, sampler) in [
             (1, Class::Cycle, Sampler::Ddim),
             (3, Class::One(1), Sampler::Heun),
@@ -101,7 +117,7 @@ fn a_teacher_follows_the_sampler() -> Result<()> {
             let request = Request { first: 1, class, steps: Some(steps), sampler, ..Request::new(5, 2) };
             let path = Trajectory::new(&schedule, sampler, steps, [-1.0, 1.0])?;
             let done = AtomicUsize::new(0);
-            let got = model.generate(&request, &|n| {
+            let got = model.sample(&request, &|n| {
                 done.fetch_add(n, Ordering::Relaxed);
             })?;
             assert_eq!(done.into_inner(), 2 * path.evaluations());
@@ -122,7 +138,7 @@ fn a_teacher_follows_the_sampler() -> Result<()> {
                 Tolerance::MODEL,
             )?;
         }
-        let samples = model.generate(&Request::new(5, 1), &|_| {})?;
+        let samples = model.sample(&Request::new(5, 1), &|_| {})?;
         assert_eq!(samples.count(), 1);
     }
     Ok(())
@@ -138,19 +154,18 @@ fn guidance_mixes_the_predictions_with_and_without_class() -> Result<()> {
         .arg(repository().join("assets/ddpm-fashion"))
         .output()?;
     ensure!(export.status.success(), "{}", text(&export.stderr));
-    let mut model = Model::open(&path, &options(Provider::Tract, 2)?)?;
-    let mut draw = |class: usize, guidance: f64| -> Result<Vec<f32>> {
+    let model = Generator::open(&path, &options(Provider::Tract, 2)?)?;
+    let draw = |class: usize, guidance: f64| -> Result<Vec<f32>> {
         let class = Class::One(class);
         let request = Request { class, steps: Some(8), guidance, ..Request::new(3, 2) };
-        Ok(model.generate(&request, &|_| {})?.values)
+        Ok(model.sample(&request, &|_| {})?.values)
     };
     let distance = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
     let (trousers, boots) = (1, 9);
     compare("guidance 0", &draw(trousers, 0.0)?, &draw(boots, 0.0)?, Tolerance::EXACT)?;
-    let apart = |draw: &mut dyn FnMut(usize, f64) -> Result<Vec<f32>>, guidance: f64| -> Result<f32> {
-        Ok(distance(&draw(trousers, guidance)?, &draw(boots, guidance)?))
-    };
-    let (plain, guided) = (apart(&mut draw, 1.0)?, apart(&mut draw, 3.0)?);
+    let apart =
+        |guidance| -> Result<f32> { Ok(distance(&draw(trousers, guidance)?, &draw(boots, guidance)?)) };
+    let (plain, guided) = (apart(1.0)?, apart(3.0)?);
     ensure!(plain > 1.0 && guided > plain, "without guidance {plain} apart, with it {guided}");
     refused(dir.path(), &["--guidance", "2"], "takes one step")?;
     refused(dir.path(), &["base.onnx", "--guidance", "NaN"], "got guidance NaN")?;
@@ -191,7 +206,7 @@ fn every_output_is_what_the_help_says() -> Result<()> {
     assert_eq!((&bytes[..8], header % 64), (&b"\x93NUMPY\x01\x00"[..], 0));
     assert!(text(&bytes[10..header]).contains("'<f4', 'fortran_order': False, 'shape': (2, 1, 28, 28)"));
     let values: Vec<f32> = bytes[header..].as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-    assert_eq!(values, images(&mut bundled(Provider::Tract, 1)?, 4, 0, 2)?.values);
+    assert_eq!(values, images(&bundled(Provider::Tract, 1)?, 4, 0, 2)?.values);
 
     let before = std::fs::read(at("samples.png"))?;
     done(&["--seed", "1", "--force"])?;

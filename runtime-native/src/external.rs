@@ -15,7 +15,7 @@ pub(crate) fn is_outside(tensor: &TensorProto) -> bool {
 
 /// Reads every value that lies in a file under `folder`; returns those files, in the order of their names.
 pub(crate) fn attach(graph: &mut GraphProto, folder: &Path) -> Result<Vec<PathBuf>, String> {
-    let mut files: BTreeMap<PathBuf, File> = BTreeMap::new();
+    let mut files: BTreeMap<PathBuf, (File, u64)> = BTreeMap::new();
     for tensor in graph.initializer.iter_mut().filter(|tensor| is_outside(tensor)) {
         let place = place(tensor)?;
         let path = folder.join(place.location);
@@ -26,9 +26,9 @@ pub(crate) fn attach(graph: &mut GraphProto, folder: &Path) -> Result<Vec<PathBu
             )
         };
         if !files.contains_key(&path) {
-            files.insert(path.clone(), File::open(&path).map_err(unreadable)?);
+            files.insert(path.clone(), (File::open(&path).map_err(unreadable)?, 0));
         }
-        let Some(mut file) = files.get(&path) else { continue };
+        let Some((file, read)) = files.get_mut(&path) else { continue };
         let size = file.metadata().map_err(unreadable)?.len();
         let length = place.length.unwrap_or(size.saturating_sub(place.offset));
         if place.offset.checked_add(length).is_none_or(|end| end > size) {
@@ -38,6 +38,13 @@ pub(crate) fn attach(graph: &mut GraphProto, folder: &Path) -> Result<Vec<PathBu
                 tensor.name,
                 path.display(),
                 place.offset
+            ));
+        }
+        *read += length;
+        if *read > size {
+            let (name, path) = (&tensor.name, path.display());
+            return Err(format!(
+                "weight `{name}` lies in `{path}` where another does, expected one after another"
             ));
         }
         let mut values = vec![0; length as usize];

@@ -15,7 +15,7 @@ use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::tensor_shape_proto::dimension::Value as DimValue;
 use tract_onnx::pb::{GraphProto, ModelProto, ValueInfoProto, type_proto};
 
-use crate::{Error, Result, external};
+use crate::{Error, Result, checks, external};
 
 /// A model read from a file or from memory, not yet loaded into an engine.
 pub struct ModelFile {
@@ -172,10 +172,11 @@ fn describe(name: &str, bytes: usize, proto: &ModelProto) -> Result<ModelInfo, S
     let (kind, output) = assign_roles(card.as_ref(), &mut inputs, &mut outputs)?;
     let image = check_shapes(card.as_ref(), &inputs, &outputs[output])?;
     let batch = batch_of(&inputs)?;
+    checks::images(batch.unwrap_or(1), [image.channels, image.height, image.width])?;
     let mut stored: BTreeMap<String, Stored> = BTreeMap::new();
     for tensor in &graph.initializer {
         let of_type = stored.entry(element(tensor.data_type)).or_default();
-        of_type.values += tensor.dims.iter().map(|d| *d as usize).product::<usize>();
+        of_type.values += checks::count(&tensor.dims).unwrap_or_default();
         of_type.bytes += tensor.encoded_len();
     }
     let mut operators = BTreeMap::new();
@@ -201,14 +202,7 @@ fn describe(name: &str, bytes: usize, proto: &ModelProto) -> Result<ModelInfo, S
 }
 
 fn check_structure(graph: &GraphProto) -> Result<(), String> {
-    for w in &graph.initializer {
-        if external::is_outside(w) {
-            return Err(format!("weight `{}` lies in another file, expected a single file", w.name));
-        }
-        if w.dims.iter().any(|d| *d < 0) {
-            return Err(format!("weight `{}` has shape {:?}", w.name, w.dims));
-        }
-    }
+    checks::tensors(graph)?;
     for output in &graph.output {
         let made = graph.node.iter().flat_map(|n| &n.output).any(|o| *o == output.name)
             || graph.initializer.iter().any(|w| w.name == output.name)
@@ -233,6 +227,12 @@ fn port(info: &ValueInfoProto) -> Result<Port, String> {
                 Ok(v) if (1..=1 << 16).contains(&v) => Ok(Dim::Fixed(v)),
                 _ => Err(format!("`{}` has a dimension of {v}", info.name)),
             },
+            Some(DimValue::DimParam(symbol)) if symbol.len() > checks::MAX_SYMBOL => Err(format!(
+                "`{}` has a dimension whose name has {} bytes, expected at most {}",
+                info.name,
+                symbol.len(),
+                checks::MAX_SYMBOL
+            )),
             Some(DimValue::DimParam(symbol)) => Ok(Dim::Symbol(symbol.clone())),
             None => Ok(Dim::Symbol("?".to_owned())),
         })

@@ -2,6 +2,8 @@
 //! Engines differ in how many images they take at once; image `k` of a seed does not depend on that.
 
 use std::path::{Path, PathBuf};
+#[cfg(feature = "ort")]
+use std::sync::{Mutex, PoisonError};
 
 use dmd_core::card::{Classes, Kind};
 use dmd_core::noise::{standard_normal, step_noise};
@@ -63,7 +65,7 @@ pub enum Class {
 
 /// Generated images.
 #[derive(Clone, Debug)]
-pub struct Samples {
+pub struct Images {
     /// `[n, c, h, w]` in the model's range.
     pub values: Vec<f32>,
     /// `[c, h, w]`.
@@ -72,8 +74,8 @@ pub struct Samples {
     pub range: [f32; 2],
 }
 
-/// A model loaded into an engine.
-pub struct Model {
+/// A model loaded into an engine. Threads share it: tract runs their requests side by side, onnxruntime in turn.
+pub struct Generator {
     info: ModelInfo,
     choice: Choice,
     engine: Engine,
@@ -84,7 +86,7 @@ pub(crate) enum Engine {
     #[cfg(feature = "tract")]
     Tract(crate::tract::Tract),
     #[cfg(feature = "ort")]
-    Ort(crate::ort::Ort),
+    Ort(Mutex<crate::ort::Ort>),
 }
 
 impl Request {
@@ -95,6 +97,13 @@ impl Request {
     }
 }
 
+impl Default for Options {
+    /// The best provider there is, on all cores.
+    fn default() -> Self {
+        Self { provider: Provider::Auto, threads: None, ort_lib: None }
+    }
+}
+
 impl Options {
     /// `threads`, or one per core.
     pub fn threads(&self) -> usize {
@@ -102,20 +111,20 @@ impl Options {
     }
 }
 
-impl Samples {
+impl Images {
     /// Number of images.
     pub fn count(&self) -> usize {
         self.values.len() / self.shape.iter().product::<usize>()
     }
 
     /// The images as bytes.
-    pub fn images(&self) -> Vec<Image> {
+    pub fn pixels(&self) -> Vec<Image> {
         let len = self.shape.iter().product();
         self.values.chunks(len).map(|v| to_image(v, self.shape, self.range)).collect()
     }
 }
 
-impl Model {
+impl Generator {
     /// Reads a file and loads it into an engine.
     pub fn open(path: &Path, options: &Options) -> Result<Self> {
         Self::load(ModelFile::read(path)?, options)
@@ -141,34 +150,42 @@ impl Model {
     ///
     /// # Errors
     /// Inputs that do not fill `[n, …]`, or an engine that fails.
-    pub fn evaluate(&mut self, batch: &Batch) -> Result<Vec<f32>> {
+    pub fn evaluate(&self, batch: &Batch) -> Result<Vec<f32>> {
         let len = self.info.image_len();
         if batch.x.len() != batch.n * len || batch.t.len() != batch.n || batch.class.len() != batch.n {
             let got = [batch.x.len(), batch.t.len(), batch.class.len()];
             return Err(Error::Request(format!("got {got:?} values, expected those of {} images", batch.n)));
         }
-        match &mut self.engine {
+        match &self.engine {
             #[cfg(feature = "tract")]
             Engine::Tract(engine) => engine.run(batch),
             #[cfg(feature = "ort")]
-            Engine::Ort(engine) => engine.run(batch),
+            Engine::Ort(engine) => engine.lock().unwrap_or_else(PoisonError::into_inner).run(batch),
         }
     }
 
-    /// Generates images. `progress` hears how many network evaluations of single images were done since it was last
+    /// Generates the images `0..count` of a seed: [`Generator::sample`] with what [`Request::new`] takes for the rest.
+    ///
+    /// # Errors
+    /// As [`Generator::sample`].
+    pub fn generate(&self, seed: u32, count: usize, class: Class) -> Result<Images> {
+        self.sample(&Request { class, ..Request::new(seed, count) }, &|_| {})
+    }
+
+    /// Generates the images of a request. `progress` hears how many network evaluations of single images were done since it was last
     /// called; there are `count` times [`evaluations`] in all.
     ///
     /// # Errors
     /// A request the model cannot meet, or an engine that fails or returns values that are not finite.
-    pub fn generate(&mut self, request: &Request, progress: &(dyn Fn(usize) + Sync)) -> Result<Samples> {
+    pub fn sample(&self, request: &Request, progress: &(dyn Fn(usize) + Sync)) -> Result<Images> {
         let plan = Plan::new(&self.info, request)?;
         let len = self.info.image_len();
         let mut values = allocate(request.count, len)?;
-        match &mut self.engine {
+        match &self.engine {
             #[cfg(feature = "tract")]
             Engine::Tract(engine) => {
                 use rayon::prelude::*;
-                let (engine, batch) = (&*engine, self.info.batch.unwrap_or(1));
+                let batch = self.info.batch.unwrap_or(1);
                 engine.pool().install(|| {
                     let parts = values.par_chunks_mut(batch * len).enumerate();
                     parts.try_for_each(|(i, x)| plan.sample(i * batch, x, &mut |b| engine.run(b), progress))
@@ -178,12 +195,13 @@ impl Model {
             Engine::Ort(engine) => {
                 let pixels = self.info.image.height * self.info.image.width;
                 let batch = self.info.batch.unwrap_or((BATCH_PIXELS / pixels).clamp(1, 64));
+                let mut engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
                 for (i, x) in values.chunks_mut(batch * len).enumerate() {
                     plan.sample(i * batch, x, &mut |b| engine.run(b), progress)?;
                 }
             }
         }
-        Ok(Samples { values, shape: self.info.image_shape(), range: self.info.image.range })
+        Ok(Images { values, shape: self.info.image_shape(), range: self.info.image.range })
     }
 }
 

@@ -1,5 +1,18 @@
 //! Runs one-step generators and teachers from ONNX files on this machine: tract compiled in, onnxruntime loaded at
 //! run time. Knows no training and no candle; what must agree with the other runtimes comes from `dmd-core`.
+//!
+//! ```
+//! use dmd_runtime_native::{Class, Generator, Options};
+//!
+//! # fn main() -> dmd_runtime_native::Result<()> {
+//! let generator = Generator::open("../assets/one-step-fashion.onnx".as_ref(), &Options::default())?;
+//! let images = generator.generate(7, 2, Class::One(9))?;
+//! assert_eq!((images.count(), images.shape), (2, [1, 28, 28]));
+//! let first = &images.pixels()[0]; // bytes, row by row
+//! assert_eq!((first.width, first.height, first.data.len()), (28, 28, 784));
+//! # Ok(())
+//! # }
+//! ```
 
 #[cfg(not(any(feature = "ort", feature = "tract")))]
 compile_error!("a build needs an engine: enable the feature `ort` or `tract`");
@@ -12,8 +25,11 @@ pub mod library;
 pub mod providers;
 pub mod verify;
 
+mod checks;
 mod error;
 mod external;
+#[cfg(feature = "tract")]
+mod memory;
 #[cfg(feature = "ort")]
 mod ort;
 #[cfg(feature = "tract")]
@@ -23,7 +39,7 @@ pub use batch::Batch;
 pub use dmd_core::sampler::Sampler;
 pub use error::{Error, Result};
 pub use file::{ModelFile, ModelInfo};
-pub use generator::{Class, Model, Options, Request, Samples};
+pub use generator::{Class, Generator, Images, Options, Request};
 pub use providers::Provider;
 
 /// The model that comes with this crate: a class-conditional one-step generator.

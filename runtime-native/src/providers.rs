@@ -188,7 +188,7 @@ fn open_named(provider: Provider, file: &ModelFile, options: &Options) -> Result
         #[cfg(feature = "ort")]
         Provider::Cpu | Provider::Cuda | Provider::Tensorrt => {
             let (engine, name) = crate::ort::Ort::open(provider, file, options)?;
-            Ok((Engine::Ort(engine), Choice { provider, engine: name, passed_over: Vec::new() }))
+            Ok((Engine::Ort(engine.into()), Choice { provider, engine: name, passed_over: Vec::new() }))
         }
         _ => Err(not_compiled(provider)),
     }

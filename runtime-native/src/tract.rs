@@ -9,7 +9,7 @@ use tract_onnx::prelude::*;
 use crate::batch::Batch;
 use crate::file::{ModelFile, Role};
 use crate::generator::Options;
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 /// A plan for one image, or for as many as the file fixes.
 pub(crate) struct Tract {
@@ -31,6 +31,17 @@ impl Tract {
                            hint: run it with onnxruntime (`--provider cpu`), or export the model with `--dtype int8`";
             return Err(Error::File { name: info.name.clone(), problem: problem.to_owned() });
         }
+        let mut nodes = file.proto.graph.iter().flat_map(|graph| &graph.node);
+        if let Some(node) =
+            nodes.find(|node| node.attribute.iter().any(|a| a.g.is_some() || !a.graphs.is_empty()))
+        {
+            let problem = format!(
+                "its operator {} holds a graph, whose memory cannot be told before tract runs it\n\nhint: run it with \
+                 onnxruntime (`--provider cpu`)",
+                node.op_type
+            );
+            return Err(Error::File { name: info.name.clone(), problem });
+        }
         let ([c, h, w], batch) = (info.image_shape(), info.batch.unwrap_or(1));
         let roles: Vec<Option<Role>> = info.inputs.iter().map(|p| p.role).collect();
         let build = || -> TractResult<Arc<TypedRunnableModel>> {
@@ -44,6 +55,7 @@ impl Tract {
                 };
                 model.set_input_fact(i, fact.into())?;
             }
+            memory::check(&mut model)?;
             model.into_optimized()?.into_runnable()
         };
         let plan = guarded(build).map_err(|e| engine_error(&info.name, &e))?;

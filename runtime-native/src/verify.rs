@@ -13,7 +13,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::file::{ModelFile, ModelInfo, Role};
-use crate::{Batch, Error, Model, Options, Provider, Result};
+use crate::{Batch, Error, Generator, Options, Provider, Result};
 
 /// Runs whose shortest is the latency, after one that is compared.
 const TIMED_RUNS: usize = 3;
@@ -175,8 +175,8 @@ pub fn verify(
     for provider in providers {
         let options = Options { provider: *provider, ..options.clone() };
         let attempt = || -> Result<Parity> {
-            let mut model = Model::load(ModelFile::read(path)?, &options)?;
-            let numbers = measure(&mut model, golden)?;
+            let model = Generator::load(ModelFile::read(path)?, &options)?;
+            let numbers = measure(&model, golden)?;
             let value = if limit.measure == "max_abs" { numbers.max_abs } else { numbers.rms_relative };
             let choice = model.choice();
             Ok(Parity {
@@ -222,7 +222,7 @@ fn measured(card: &ModelCard) -> Option<f64> {
     card.provenance.metrics.get(&card.dtype)?.get("rms_relative")?.as_f64()
 }
 
-fn measure(model: &mut Model, golden: &Golden) -> Result<Numbers> {
+fn measure(model: &Generator, golden: &Golden) -> Result<Numbers> {
     let Golden { x, t, class, expected, .. } = golden;
     let n = golden.info.count;
     let batch = Batch { n, x, t, class };

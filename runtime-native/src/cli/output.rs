@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use dmd_core::pixels::{Image, grid};
-use dmd_runtime_native::Samples;
+use dmd_runtime_native::Images;
 use image::codecs::png::PngEncoder;
 use image::{ExtendedColorType, ImageEncoder};
 use tempfile::NamedTempFile;
@@ -79,17 +79,17 @@ impl Output {
     }
 
     /// Writes the images.
-    pub fn write(&self, samples: &Samples) -> anyhow::Result<()> {
+    pub fn write(&self, samples: &Images) -> anyhow::Result<()> {
         match &self.target {
             Target::Npy(path) => self.save(path, &npy(samples)),
-            Target::Png(path) => self.save(path, &png(&samples.images()[0])?),
+            Target::Png(path) => self.save(path, &png(&samples.pixels()[0])?),
             Target::Series(paths) => paths
                 .iter()
-                .zip(samples.images())
+                .zip(samples.pixels())
                 .try_for_each(|(path, image)| self.save(path, &png(&image)?)),
-            Target::Sheet(path, columns) => self.save(path, &png(&grid(&samples.images(), *columns, GAP))?),
+            Target::Sheet(path, columns) => self.save(path, &png(&grid(&samples.pixels(), *columns, GAP))?),
             Target::Stdout(columns) => {
-                let images = samples.images();
+                let images = samples.pixels();
                 let image = if images.len() == 1 { images[0].clone() } else { grid(&images, *columns, GAP) };
                 let mut out = std::io::stdout().lock();
                 out.write_all(&png(&image)?)?;
@@ -185,7 +185,7 @@ fn png(image: &Image) -> anyhow::Result<Vec<u8>> {
 }
 
 /// NumPy's format, version 1.0: magic, header length, a Python literal padded to 64 bytes, little-endian values.
-fn npy(samples: &Samples) -> Vec<u8> {
+fn npy(samples: &Images) -> Vec<u8> {
     let [c, h, w] = samples.shape;
     let shape = (samples.count(), c, h, w);
     let dictionary = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {shape:?}, }}");

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::bail;
 use dmd_runtime_native::file::ModelInfo;
 use dmd_runtime_native::generator::{classes, evaluations, find_class, steps};
-use dmd_runtime_native::{Class, Model, Options, Request};
+use dmd_runtime_native::{Class, Generator, Options, Request};
 
 use super::output::{Output, Wish};
 use super::progress::Progress;
@@ -40,7 +40,7 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         threads: args.threads.map(usize::from),
         ort_lib: args.ort_lib.clone(),
     };
-    let mut model = Model::load(file, &options)?;
+    let model = Generator::load(file, &options)?;
     let loaded = started.elapsed();
     let choice = model.choice();
     eprintln!("{} on {} ({})", info.name, choice.provider, choice.engine);
@@ -49,7 +49,7 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     }
 
     let progress = Progress::new((count * evaluations) as u64);
-    let result = model.generate(&request, &|n| progress.add(n));
+    let result = model.sample(&request, &|n| progress.add(n));
     let elapsed = progress.finish();
     output.write(&result?)?;
     let each = elapsed.as_secs_f64() * 1e3 / count as f64;

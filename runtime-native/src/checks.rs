@@ -1,0 +1,93 @@
+//! What a file must keep to before anything is allocated for it: every stored tensor has as many values as its shape says, lies
+//! in the file, and no image is larger than [`MAX_VALUES`]. Nothing here reads the card or knows what inputs mean.
+
+use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::{GraphProto, TensorProto};
+
+use crate::external;
+
+/// Numbers that one tensor may have: 1 GiB of f32, an image of 8192 by 8192 pixels in 4 channels.
+pub(crate) const MAX_VALUES: usize = 1 << 28;
+
+/// Bytes of a symbolic dimension's name: engines parse it as an expression, by recursion.
+pub(crate) const MAX_SYMBOL: usize = 64;
+
+/// Checks every tensor of a graph, those in the attributes and graphs of its nodes too.
+pub(crate) fn tensors(graph: &GraphProto) -> Result<(), String> {
+    for weight in &graph.initializer {
+        tensor(weight)?;
+    }
+    for sparse in &graph.sparse_initializer {
+        sparse.values.iter().chain(&sparse.indices).try_for_each(tensor)?;
+    }
+    for attribute in graph.node.iter().flat_map(|node| &node.attribute) {
+        attribute.t.iter().chain(&attribute.tensors).try_for_each(tensor)?;
+        attribute.g.iter().chain(&attribute.graphs).try_for_each(tensors)?;
+    }
+    Ok(())
+}
+
+/// Numbers of a shape, if none is negative and they can be counted.
+pub(crate) fn count(dims: &[i64]) -> Option<usize> {
+    dims.iter().try_fold(1usize, |n, d| n.checked_mul(usize::try_from(*d).ok()?))
+}
+
+/// Values of one call of a model: `batch` images.
+pub(crate) fn images(batch: usize, shape: [usize; 3]) -> Result<(), String> {
+    let values = shape.iter().try_fold(batch, |n, d| n.checked_mul(*d));
+    match values {
+        Some(values) if values <= MAX_VALUES => Ok(()),
+        _ => {
+            Err(format!("got {batch} images of {shape:?} in one call, expected at most {MAX_VALUES} values"))
+        }
+    }
+}
+
+fn tensor(tensor: &TensorProto) -> Result<(), String> {
+    let name = &tensor.name;
+    if external::is_outside(tensor) {
+        return Err(format!("weight `{name}` lies in another file, expected a single file"));
+    }
+    let Some(expected) = count(&tensor.dims) else {
+        return Err(format!("weight `{name}` has shape {:?}", tensor.dims));
+    };
+    let stored = stored(tensor);
+    if stored != expected {
+        let shape = &tensor.dims;
+        return Err(format!("weight `{name}` has shape {shape:?}, expected {expected} values, got {stored}"));
+    }
+    Ok(())
+}
+
+/// Values that a tensor stores, whatever its shape says.
+fn stored(tensor: &TensorProto) -> usize {
+    let kind = DataType::try_from(tensor.data_type);
+    let bits = match kind {
+        Ok(DataType::Int4 | DataType::Uint4 | DataType::Float4e2m1) => 4,
+        Ok(DataType::Float16 | DataType::Bfloat16 | DataType::Int16 | DataType::Uint16) => 16,
+        Ok(DataType::Float | DataType::Int32 | DataType::Uint32) => 32,
+        Ok(DataType::Double | DataType::Int64 | DataType::Uint64 | DataType::Complex64) => 64,
+        Ok(DataType::Complex128) => 128,
+        _ => 8,
+    };
+    if !tensor.raw_data.is_empty() {
+        let values = tensor.raw_data.len() * 8 / bits;
+        // Two values share a byte; the last one may be alone.
+        let alone = bits == 4 && count(&tensor.dims).is_some_and(|n| n % 2 == 1);
+        return values - usize::from(alone);
+    }
+    match kind {
+        Ok(DataType::Float) => tensor.float_data.len(),
+        Ok(DataType::Complex64) => tensor.float_data.len() / 2,
+        Ok(DataType::Double) => tensor.double_data.len(),
+        Ok(DataType::Complex128) => tensor.double_data.len() / 2,
+        Ok(DataType::Int64) => tensor.int64_data.len(),
+        Ok(DataType::Uint32 | DataType::Uint64) => tensor.uint64_data.len(),
+        Ok(DataType::String) => tensor.string_data.len(),
+        Ok(DataType::Int4 | DataType::Uint4 | DataType::Float4e2m1) => {
+            let odd = count(&tensor.dims).is_some_and(|n| n % 2 == 1);
+            (tensor.int32_data.len() * 2).saturating_sub(usize::from(odd))
+        }
+        _ => tensor.int32_data.len(),
+    }
+}
