@@ -88,7 +88,11 @@ pub(crate) fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<
         builder.names.insert(input.name.to_owned(), Value::Flow(flow));
     }
     let nodes = needed(graph.node, outputs);
-    for name in nodes.iter().flat_map(|node| &node.input).chain(outputs.iter().map(|&o| o.to_owned()).collect::<Vec<_>>().iter()) {
+    for name in nodes
+        .iter()
+        .flat_map(|node| &node.input)
+        .chain(outputs.iter().map(|&o| o.to_owned()).collect::<Vec<_>>().iter())
+    {
         *builder.uses.entry(name.clone()).or_default() += 1;
     }
     for node in nodes {
@@ -161,7 +165,9 @@ impl Builder {
     pub(crate) fn flow(&self, node: &Node, index: usize) -> Result<Flow> {
         match self.input(node, index)? {
             Value::Flow(flow) => Ok(flow),
-            Value::Stored(_) => Err(node.wrong(format!("got a stored value as input {index}, expected a computed one"))),
+            Value::Stored(_) => {
+                Err(node.wrong(format!("got a stored value as input {index}, expected a computed one")))
+            }
         }
     }
 
@@ -237,7 +243,8 @@ impl Builder {
         let Some(Step { operator: Operator::GroupNorm(norm), .. }) = self.producer(node, 0, 1) else {
             return false;
         };
-        let plain = !norm.silu && norm.scale.iter().all(|v| *v == 1.0) && norm.shift.iter().all(|v| *v == 0.0);
+        let plain =
+            !norm.silu && norm.scale.iter().all(|v| *v == 1.0) && norm.shift.iter().all(|v| *v == 0.0);
         let fits = norm.groups == norm.scale.len()
             && channels % norm.groups == 0
             && norm.groups * norm.pixels * n == total * pixels;

@@ -117,7 +117,8 @@ impl Builder {
             Value::Flow(_) if [data_type::INT64, data_type::INT32, data_type::UINT8].contains(&to) => {
                 Ok(Value::Flow(self.unary(node, Unary::Truncate)?))
             }
-            _ => Err(node.wrong(format!("got a conversion to {}, which is not supported here", data_type::name(to)))),
+            _ => Err(node
+                .wrong(format!("got a conversion to {}, which is not supported here", data_type::name(to)))),
         }
     }
 
@@ -149,10 +150,16 @@ impl Builder {
         };
         let shape: Option<Vec<usize>> = a_shape.iter().zip(&b_shape).map(fits).collect();
         let shape = shape.ok_or_else(|| node.wrong(format!("got shapes {a_shape:?} and {b_shape:?}")))?;
-        if a_shape == shape && a.value().is_some() && let Some(repeat) = repeat_of(&b_shape, &shape) {
+        if a_shape == shape
+            && a.value().is_some()
+            && let Some(repeat) = repeat_of(&b_shape, &shape)
+        {
             return Ok(self.step(node, Operator::Binary(f, repeat), vec![a, b], shape));
         }
-        if b_shape == shape && b.value().is_some() && let Some(repeat) = repeat_of(&a_shape, &shape) {
+        if b_shape == shape
+            && b.value().is_some()
+            && let Some(repeat) = repeat_of(&a_shape, &shape)
+        {
             return Ok(self.step(node, Operator::Binary(f.swapped(), repeat), vec![b, a], shape));
         }
         let mut widen = |operand: Operand, from: Vec<usize>| {
@@ -270,9 +277,10 @@ impl Builder {
             return self.linear(node, true);
         }
         let (a, b) = (self.flow(node, 0)?, self.flow(node, 1)?);
-        let (Some((&[rows, depth], a_batch)), Some((&[b_rows, columns], b_batch))) =
-            (a.shape.split_last_chunk::<2>().map(|(r, l)| (l, r)), b.shape.split_last_chunk::<2>().map(|(r, l)| (l, r)))
-        else {
+        let (Some((&[rows, depth], a_batch)), Some((&[b_rows, columns], b_batch))) = (
+            a.shape.split_last_chunk::<2>().map(|(r, l)| (l, r)),
+            b.shape.split_last_chunk::<2>().map(|(r, l)| (l, r)),
+        ) else {
             return Err(node.wrong("got a vector, expected matrices"));
         };
         if depth != b_rows || a_batch != b_batch || rows * depth * columns == 0 {
@@ -330,7 +338,9 @@ impl Builder {
         let (stride, pads) = self.window(node, kernel)?;
         let places = places([h, w], kernel, stride, pads);
         let (Some(places), [0, 0, 0, 0]) = (places, pads) else {
-            return Err(node.wrong(format!("got `pads` {pads:?} for x of shape {:?}, expected none", x.shape)));
+            return Err(
+                node.wrong(format!("got `pads` {pads:?} for x of shape {:?}, expected none", x.shape))
+            );
         };
         let max = node.op_type == "MaxPool";
         let pool = Pool { image: [h, w], places, kernel, stride, max };
@@ -361,7 +371,8 @@ impl Builder {
             let rank = x.shape.len() + numbers.len();
             let axes = numbers.iter().map(|&axis| node.axis(axis, rank)).collect::<Result<Vec<_>>>()?;
             let mut old = x.shape.iter().copied();
-            let shape = (0..rank).map(|i| if axes.contains(&i) { 1 } else { old.next().unwrap_or(1) }).collect();
+            let shape =
+                (0..rank).map(|i| if axes.contains(&i) { 1 } else { old.next().unwrap_or(1) }).collect();
             return self.reshaped(node, x, shape);
         }
         node.only("allowzero", 0)?;
@@ -403,7 +414,8 @@ impl Builder {
     fn slice(&mut self, node: &Node) -> Result<Flow> {
         let x = self.flow(node, 0)?;
         let (from, to, axes) = (self.integers(node, 1)?, self.integers(node, 2)?, self.integers(node, 3)?);
-        let steps = self.optional_stored(node, 4)?.map(|s| s.integers()).transpose().map_err(|e| node.wrong(e))?;
+        let steps =
+            self.optional_stored(node, 4)?.map(|s| s.integers()).transpose().map_err(|e| node.wrong(e))?;
         let (&[from], &[to], &[axis], true) =
             (&from[..], &to[..], &axes[..], steps.is_none_or(|steps| steps == [1]))
         else {
@@ -427,7 +439,8 @@ impl Builder {
         node.only("axis", 0)?;
         let (table, indices) = (self.stored(node, 0)?, self.flow(node, 1)?);
         let rows = table.shape();
-        let (Some((&count, rest)), values) = (rows.split_first(), table.floats().map_err(|e| node.wrong(e))?) else {
+        let (Some((&count, rest)), values) = (rows.split_first(), table.floats().map_err(|e| node.wrong(e))?)
+        else {
             return Err(node.wrong("got a single number, expected a table"));
         };
         let width: usize = rest.iter().product();

@@ -180,7 +180,8 @@ impl Memory {
     fn take(&mut self, len: usize) -> Place {
         let fits = self.free.iter().enumerate().filter(|(_, buffer)| self.sizes[**buffer] >= len);
         let best = fits.min_by_key(|(_, buffer)| self.sizes[**buffer]).map(|(i, _)| i);
-        let largest = self.free.iter().enumerate().max_by_key(|(_, buffer)| self.sizes[**buffer]).map(|(i, _)| i);
+        let largest =
+            self.free.iter().enumerate().max_by_key(|(_, buffer)| self.sizes[**buffer]).map(|(i, _)| i);
         let buffer = match best.or(largest) {
             Some(i) => self.free.swap_remove(i),
             None => {

@@ -30,7 +30,9 @@ impl Node {
         let Some(found) = self.attribute.iter().find(|a| a.name == name) else { return Ok(None) };
         let sizes = found.ints.iter().map(|&v| usize::try_from(v));
         let sizes = sizes.collect::<std::result::Result<_, _>>();
-        sizes.map(Some).map_err(|_| self.wrong(format!("got `{name}` {:?}, expected no negative numbers", found.ints)))
+        sizes
+            .map(Some)
+            .map_err(|_| self.wrong(format!("got `{name}` {:?}, expected no negative numbers", found.ints)))
     }
 
     /// Two sizes, for height and width.

@@ -65,11 +65,7 @@ impl Operator {
     pub fn in_place(&self) -> bool {
         matches!(
             self,
-            Self::Unary(_)
-                | Self::Binary(..)
-                | Self::GroupNorm(_)
-                | Self::Affine { .. }
-                | Self::Softmax(_)
+            Self::Unary(_) | Self::Binary(..) | Self::GroupNorm(_) | Self::Affine { .. } | Self::Softmax(_)
         )
     }
 

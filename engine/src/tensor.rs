@@ -83,12 +83,7 @@ impl Stored {
 }
 
 /// DequantizeLinear of stored values: `(x − zero)·scale`, with one scale for all or one per index of `axis`.
-pub fn dequantize(
-    x: &Stored,
-    scale: &Stored,
-    zero: Option<&Stored>,
-    axis: usize,
-) -> Result<Stored, String> {
+pub fn dequantize(x: &Stored, scale: &Stored, zero: Option<&Stored>, axis: usize) -> Result<Stored, String> {
     let (shape, mut values, scale) = (x.shape(), x.floats()?.into_owned(), scale.floats()?);
     let zero = zero.map(Stored::floats).transpose()?;
     let rows = if scale.len() == 1 { 1 } else { shape.get(axis).copied().unwrap_or(0) };

@@ -2,7 +2,8 @@
 //! Nothing here runs the network.
 
 use dmd_core::card::{
-    CARD_KEY, Classes, INPUT_CLASS, INPUT_T, INPUT_X_T, INPUT_Z, ImageSpec, Kind, ModelCard, OUTPUT_X_GEN, output_of,
+    CARD_KEY, Classes, INPUT_CLASS, INPUT_T, INPUT_X_T, INPUT_Z, ImageSpec, Kind, ModelCard, OUTPUT_X_GEN,
+    output_of,
 };
 use dmd_engine::message::{EXTERNAL, Graph, Model, ValueInfo, data_type};
 
@@ -40,9 +41,7 @@ impl Contract {
             None => (INPUT_Z, OUTPUT_X_GEN),
         };
         let kind = if teacher.is_some() { Kind::Teacher } else { Kind::Generator };
-        if let Some(w) =
-            graph.initializer.iter().find(|w| w.data_location == EXTERNAL)
-        {
+        if let Some(w) = graph.initializer.iter().find(|w| w.data_location == EXTERNAL) {
             return Err(Error::NotAGenerator(format!(
                 "weight `{}` lies in another file, expected a single file\n\nhint: export it without `--external-data`",
                 w.name

@@ -1,6 +1,6 @@
 //! Downloading a model with `fetch`, which browsers, workers and Node.js have.
 
-use js_sys::{Promise, Reflect, Uint8Array};
+use js_sys::{Object, Promise, Reflect, Uint8Array};
 use wasm_bindgen::prelude::*;
 use wasm_bindgen_futures::JsFuture;
 
@@ -12,7 +12,10 @@ extern "C" {
     #[wasm_bindgen(catch)]
     fn fetch(url: &str) -> std::result::Result<Promise, JsValue>;
 
-    type Response;
+    /// What `fetch` gives.
+    pub type Response;
+    #[wasm_bindgen(method, getter)]
+    fn url(this: &Response) -> String;
     #[wasm_bindgen(method, getter)]
     fn ok(this: &Response) -> bool;
     #[wasm_bindgen(method, getter)]
@@ -35,17 +38,34 @@ extern "C" {
     fn read(this: &Reader) -> Promise;
 }
 
-/// The bytes behind an address. `progress` hears how many have arrived, and of how many, where the server says so.
+/// The response for an address, or the response itself.
 ///
 /// # Errors
-/// An address that cannot be reached, a status other than success, a connection that breaks off.
+/// Something that is neither, an address that cannot be reached.
+pub async fn response_of(source: JsValue) -> Result<Response> {
+    if Reflect::has(&source, &JsValue::from("body")).unwrap_or(false) {
+        return Ok(source.unchecked_into());
+    }
+    let url = match (source.as_string(), source.dyn_ref::<Object>()) {
+        (Some(url), _) => url,
+        (None, Some(url)) => String::from(url.to_string()),
+        _ => return Err(Error::request("got no model, expected an address, a response or bytes")),
+    };
+    let unreachable =
+        |problem: JsValue| Error::Download(format!("cannot fetch the model `{url}`: {}", thrown(problem)));
+    let response = JsFuture::from(fetch(&url).map_err(unreachable)?).await.map_err(unreachable)?;
+    Ok(response.unchecked_into())
+}
+
+/// The bytes of a response. `progress` hears how many have arrived, and of how many, where the server says so.
+///
+/// # Errors
+/// A status other than success, a connection that breaks off.
 pub async fn download(
-    url: &str,
+    response: &Response,
     progress: &mut impl FnMut(f64, Option<f64>) -> Result<()>,
 ) -> Result<Vec<u8>> {
-    let unreachable = |problem: JsValue| Error::Download(format!("cannot fetch the model `{url}`: {}", thrown(problem)));
-    let response: Response =
-        JsFuture::from(fetch(url).map_err(unreachable)?).await.map_err(unreachable)?.unchecked_into();
+    let url = response.url();
     if !response.ok() {
         return Err(Error::Download(format!(
             "cannot fetch the model `{url}`: got status {}, expected 200\n\n\

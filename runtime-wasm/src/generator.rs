@@ -173,9 +173,9 @@ impl Generator {
                 Ok(Some(Trajectory::new(&schedule, Sampler::Ddim, steps, range)?))
             }
             (_, _, None | Some(1)) => Ok(None),
-            (_, _, Some(steps)) => {
-                Err(Error::request(format!("got {steps} steps, expected 1: the model is a one-step generator")))
-            }
+            (_, _, Some(steps)) => Err(Error::request(format!(
+                "got {steps} steps, expected 1: the model is a one-step generator"
+            ))),
         }
     }
 

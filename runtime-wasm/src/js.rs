@@ -7,7 +7,7 @@ use wasm_bindgen::prelude::*;
 use dmd_core::card::{Classes, ImageSpec, Kind, ModelCard};
 use dmd_core::pixels::Image;
 
-use crate::download::download;
+use crate::download::{download, response_of};
 use crate::generator::{Request, TEACHER_STEPS, Towards};
 use crate::{Error, Result};
 
@@ -61,7 +61,7 @@ export interface LoadOptions {
 #[wasm_bindgen]
 extern "C" {
     /// Where a model comes from.
-    #[wasm_bindgen(typescript_type = "string | URL | ArrayBuffer | Uint8Array")]
+    #[wasm_bindgen(typescript_type = "string | URL | Response | ArrayBuffer | Uint8Array")]
     pub type ModelSource;
     /// `LoadOptions` of the declarations.
     #[wasm_bindgen(typescript_type = "LoadOptions")]
@@ -106,20 +106,17 @@ impl Generator {
         Ok(Self(crate::generator::Generator::from_bytes(bytes)?))
     }
 
-    /// Downloads a model, or takes its bytes, and prepares it to run.
+    /// Downloads a model, or takes its bytes or the response that brings them, and prepares it to run.
     pub async fn load(source: ModelSource, options: Option<LoadOptions>) -> JsResult<Self> {
         let source = JsValue::from(source);
         let progress = options.map(JsValue::from).map(|o| field(&o, "onProgress")).transpose()?.flatten();
-        let bytes = if source.is_instance_of::<Uint8Array>() || source.is_instance_of::<js_sys::ArrayBuffer>() {
+        let bytes = if source.is_instance_of::<Uint8Array>() || source.is_instance_of::<js_sys::ArrayBuffer>()
+        {
             Uint8Array::new(&source).to_vec()
         } else {
-            let url = match (source.as_string(), source.dyn_ref::<Object>()) {
-                (Some(url), _) => url,
-                (None, Some(url)) => String::from(url.to_string()),
-                _ => return Err(Error::request("got no model, expected an address or bytes").into()),
-            };
+            let response = response_of(source).await?;
             let progress = progress.as_ref().and_then(|f| f.dyn_ref::<Function>());
-            download(&url, &mut |received, total| {
+            download(&response, &mut |received, total| {
                 if let Some(progress) = progress {
                     let total = total.map_or(JsValue::NULL, JsValue::from);
                     progress.call2(&JsValue::NULL, &JsValue::from(received), &total).map_err(thrown)?;
@@ -181,7 +178,8 @@ impl Generator {
             Some(other) => {
                 let share = field(&other, "share")?.and_then(|v| v.as_f64());
                 let share = share.ok_or_else(|| Error::request("got no `share`, expected 0 to 1"))?;
-                let seed = field(&other, "seed")?.ok_or_else(|| Error::request("got no `seed` in `towards`"))?;
+                let seed =
+                    field(&other, "seed")?.ok_or_else(|| Error::request("got no `seed` in `towards`"))?;
                 Some((whole("seed", &seed, seeds)? as u32, share as f32))
             }
         };

@@ -8,7 +8,8 @@ use super::simd::{dispatch, lanes};
 /// Bytes of panels that are gone through together while the left matrix streams by.
 const GROUP: usize = 64 << 10;
 /// Rows of the largest tile. Without fused multiplication and addition a product needs a register of its own.
-const ROWS: usize = if cfg!(all(target_family = "wasm", not(target_feature = "relaxed-simd"))) { 4 } else { 6 };
+const ROWS: usize =
+    if cfg!(all(target_family = "wasm", not(target_feature = "relaxed-simd"))) { 4 } else { 6 };
 
 /// A matrix `[rows, depth]`, in blocks of rows, and in each block depth by depth.
 pub struct Left {
@@ -143,7 +144,8 @@ impl Multiply<'_> {
     fn tile<S: Simd, const R: usize>(&mut self, simd: S, row: usize, panel: usize) {
         let (depth, width) = (self.a.depth, 2 * S::F32_LANES);
         let weights = self.a.data[row * depth..(row + R) * depth].as_chunks::<R>().0;
-        let b = S::as_simd_f32s(&self.b[panel * depth * width..(panel + 1) * depth * width]).0.as_chunks::<2>().0;
+        let b =
+            S::as_simd_f32s(&self.b[panel * depth * width..(panel + 1) * depth * width]).0.as_chunks::<2>().0;
         let mut tile = [[simd.splat_f32s(0.0); 2]; R];
         if let Some(bias) = self.bias {
             for (tile, bias) in tile.iter_mut().zip(&bias[row..row + R]) {

@@ -35,18 +35,54 @@ impl Unary {
     /// In place.
     pub fn run(self, x: &mut [f32]) {
         match self {
-            Self::Sigmoid => each(x, #[inline(always)] |x| sigmoid(x)),
-            Self::Silu => each(x, #[inline(always)] |x| x * sigmoid(x)),
-            Self::Relu => each(x, #[inline(always)] |x| x.max(0.0)),
+            Self::Sigmoid => each(
+                x,
+                #[inline(always)]
+                |x| sigmoid(x),
+            ),
+            Self::Silu => each(
+                x,
+                #[inline(always)]
+                |x| x * sigmoid(x),
+            ),
+            Self::Relu => each(
+                x,
+                #[inline(always)]
+                |x| x.max(0.0),
+            ),
             Self::Tanh => x.iter_mut().for_each(|x| *x = libm::tanhf(*x)),
-            Self::Softplus => each(x, #[inline(always)] |x| softplus(x)),
-            Self::Erf => each(x, #[inline(always)] |x| erf(x)),
+            Self::Softplus => each(
+                x,
+                #[inline(always)]
+                |x| softplus(x),
+            ),
+            Self::Erf => each(
+                x,
+                #[inline(always)]
+                |x| erf(x),
+            ),
             Self::Sin => x.iter_mut().for_each(|x| *x = libm::sinf(*x)),
             Self::Cos => x.iter_mut().for_each(|x| *x = libm::cosf(*x)),
-            Self::Neg => each(x, #[inline(always)] |x| -x),
-            Self::Floor => each(x, #[inline(always)] |x| x.floor()),
-            Self::Truncate => each(x, #[inline(always)] |x| x.trunc()),
-            Self::Clip(low, high) => each(x, #[inline(always)] move |x| x.max(low).min(high)),
+            Self::Neg => each(
+                x,
+                #[inline(always)]
+                |x| -x,
+            ),
+            Self::Floor => each(
+                x,
+                #[inline(always)]
+                |x| x.floor(),
+            ),
+            Self::Truncate => each(
+                x,
+                #[inline(always)]
+                |x| x.trunc(),
+            ),
+            Self::Clip(low, high) => each(
+                x,
+                #[inline(always)]
+                move |x| x.max(low).min(high),
+            ),
         }
     }
 }
@@ -107,12 +143,48 @@ impl Binary {
             }
         }
         match self {
-            Self::Add => go(a, b, repeat, #[inline(always)] |a, b| a + b),
-            Self::Sub => go(a, b, repeat, #[inline(always)] |a, b| a - b),
-            Self::SubFrom => go(a, b, repeat, #[inline(always)] |a, b| b - a),
-            Self::Mul => go(a, b, repeat, #[inline(always)] |a, b| a * b),
-            Self::Div => go(a, b, repeat, #[inline(always)] |a, b| a / b),
-            Self::DivInto => go(a, b, repeat, #[inline(always)] |a, b| b / a),
+            Self::Add => go(
+                a,
+                b,
+                repeat,
+                #[inline(always)]
+                |a, b| a + b,
+            ),
+            Self::Sub => go(
+                a,
+                b,
+                repeat,
+                #[inline(always)]
+                |a, b| a - b,
+            ),
+            Self::SubFrom => go(
+                a,
+                b,
+                repeat,
+                #[inline(always)]
+                |a, b| b - a,
+            ),
+            Self::Mul => go(
+                a,
+                b,
+                repeat,
+                #[inline(always)]
+                |a, b| a * b,
+            ),
+            Self::Div => go(
+                a,
+                b,
+                repeat,
+                #[inline(always)]
+                |a, b| a / b,
+            ),
+            Self::DivInto => go(
+                a,
+                b,
+                repeat,
+                #[inline(always)]
+                |a, b| b / a,
+            ),
         }
     }
 }

@@ -81,18 +81,27 @@ impl Winograd {
             split(x, w, row, pixels);
             dispatch(Transform { pixels, row, grid: [rows, columns], positions, tiles });
             let each = input * tiles;
-            for (values, panels) in positions.chunks_exact(tiles + lanes()).zip(panels.chunks_exact_mut(each)) {
+            for (values, panels) in positions.chunks_exact(tiles + lanes()).zip(panels.chunks_exact_mut(each))
+            {
                 gemm::pack_row(&values[..tiles], channel, input, panels);
             }
         }
         let each = self.channels[0] * tiles;
         for (i, weights) in self.weights.iter().enumerate() {
-            let product = Product { out: &mut products[i * each..(i + 1) * each], stride: tiles, columns: tiles };
+            let product =
+                Product { out: &mut products[i * each..(i + 1) * each], stride: tiles, columns: tiles };
             gemm::multiply(weights, &panels[i * input * tiles..(i + 1) * input * tiles], None, product);
         }
         for (channel, (out, bias)) in out.chunks_exact_mut(h * w).zip(bias).enumerate() {
             let stride = tiles + lanes();
-            dispatch(Restore { products: &products[channel * tiles..], each, tiles, bias: *bias, planes, stride });
+            dispatch(Restore {
+                products: &products[channel * tiles..],
+                each,
+                tiles,
+                bias: *bias,
+                planes,
+                stride,
+            });
             join(planes, stride, columns, w, out);
         }
     }
@@ -136,23 +145,14 @@ impl WithSimd for Transform<'_> {
             for column in (0..columns).step_by(S::F32_LANES) {
                 let down = |at: usize| {
                     let [a, b, c, d] = [0, 2, 4, 6].map(|i| load::<S>(pixels, i * self.row + at));
-                    [
-                        simd.sub_f32s(a, c),
-                        simd.add_f32s(b, c),
-                        simd.sub_f32s(c, b),
-                        simd.sub_f32s(b, d),
-                    ]
+                    [simd.sub_f32s(a, c), simd.add_f32s(b, c), simd.sub_f32s(c, b), simd.sub_f32s(b, d)]
                 };
                 let (first, third) = (down(column), down(column + 1));
                 let (second, fourth) = (down(self.row + column), down(self.row + column + 1));
                 for i in 0..4 {
                     let [a, b, c, d] = [first[i], second[i], third[i], fourth[i]];
-                    let across = [
-                        simd.sub_f32s(a, c),
-                        simd.add_f32s(b, c),
-                        simd.sub_f32s(c, b),
-                        simd.sub_f32s(b, d),
-                    ];
+                    let across =
+                        [simd.sub_f32s(a, c), simd.add_f32s(b, c), simd.sub_f32s(c, b), simd.sub_f32s(b, d)];
                     for (j, value) in across.into_iter().enumerate() {
                         store::<S>(self.positions, (4 * i + j) * stride + row * columns + column, value);
                     }
@@ -180,7 +180,8 @@ impl WithSimd for Restore<'_> {
         for tile in (0..self.tiles).step_by(S::F32_LANES) {
             let mut rows = [[bias; 2]; 4];
             for (i, row) in rows.iter_mut().enumerate() {
-                let [a, b, c, d] = [0, 1, 2, 3].map(|j| load::<S>(self.products, (4 * i + j) * self.each + tile));
+                let [a, b, c, d] =
+                    [0, 1, 2, 3].map(|j| load::<S>(self.products, (4 * i + j) * self.each + tile));
                 let (sum, difference) = (simd.add_f32s(b, c), simd.sub_f32s(b, c));
                 *row = [simd.add_f32s(a, sum), simd.sub_f32s(difference, d)];
             }
