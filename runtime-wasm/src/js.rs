@@ -1,6 +1,6 @@
 //! The JavaScript class `Generator`. Numbers are checked here, since JavaScript's are f64 and may be anything.
 
-use js_sys::{Array, Function, JSON, Object, Reflect, Uint8Array, Uint8ClampedArray};
+use js_sys::{Array, ArrayBuffer, Function, JSON, Object, Reflect, Uint8Array, Uint8ClampedArray};
 use serde::Serialize;
 use wasm_bindgen::prelude::*;
 
@@ -110,9 +110,10 @@ impl Generator {
     pub async fn load(source: ModelSource, options: Option<LoadOptions>) -> JsResult<Self> {
         let source = JsValue::from(source);
         let progress = options.map(JsValue::from).map(|o| field(&o, "onProgress")).transpose()?.flatten();
-        let bytes = if source.is_instance_of::<Uint8Array>() || source.is_instance_of::<js_sys::ArrayBuffer>()
-        {
-            Uint8Array::new(&source).to_vec()
+        let bytes = if let Some(bytes) = source.dyn_ref::<Uint8Array>() {
+            bytes.to_vec()
+        } else if let Some(buffer) = source.dyn_ref::<ArrayBuffer>() {
+            Uint8Array::new(buffer).to_vec()
         } else {
             let response = response_of(source).await?;
             let progress = progress.as_ref().and_then(|f| f.dyn_ref::<Function>());

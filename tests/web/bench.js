@@ -30,13 +30,13 @@ async function onPage(name, work) {
   }
 }
 
-const speedPage = (work) => onPage('speed.html', async (page) => {
+const speedPage = (work, threads = 1) => onPage(`speed.html?threads=${threads}`, async (page) => {
   await page.waitForFunction(() => window.loaded);
   return work(page);
 });
 
 const figures = {};
-const results = { cpu: os.cpus()[0].model, browser: browser.version(), rounds, networks: {}, cold: {}, memory: {} };
+const results = { cpu: os.cpus()[0].model, browser: browser.version(), rounds, networks: {}, threads2: {}, cold: {}, memory: {} };
 try {
   for (const [name, factor] of Object.entries(NETWORKS)) {
     const count = Math.max(3, Math.round(rounds * factor));
@@ -46,6 +46,10 @@ try {
     console.log(`${name}: ours ${spread(times.ours)}, onnxruntime-web ${spread(times.same)}, on PyTorch's export ${spread(times.naive)}`);
     figures[`tract_vs_ortweb_1t_${name}`] = median(times.ours) / median(times.same);
     figures[`tract_vs_ortweb_naive_1t_${name}`] = median(times.ours) / median(times.naive);
+    const two = await speedPage((page) => page.evaluate(([n, c]) => window.speed(n, c), [name, count]), 2);
+    results.threads2[name] = two.times;
+    console.log(`${name}: ours with 1 thread ${spread(two.times.ours)}, onnxruntime-web with 2 ${spread(two.times.same)}`);
+    figures[`tract_1t_vs_ortweb_2t_${name}`] = median(two.times.ours) / median(two.times.same);
   }
   results.cold = { ours: [], ort: [] };
   for (let i = 0; i < COLD_STARTS; i++) {

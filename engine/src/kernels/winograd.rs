@@ -126,6 +126,23 @@ fn split(x: &[f32], w: usize, row: usize, pixels: &mut [f32]) {
     }
 }
 
+/// Four vectors at equal distances.
+#[inline(always)]
+fn four<S: Simd>(from: &[f32], at: usize, step: usize) -> [S::f32s; 4] {
+    [
+        load::<S>(from, at),
+        load::<S>(from, at + step),
+        load::<S>(from, at + 2 * step),
+        load::<S>(from, at + 3 * step),
+    ]
+}
+
+/// One side of the transformation of a tile.
+#[inline(always)]
+fn transform<S: Simd>(simd: S, [a, b, c, d]: [S::f32s; 4]) -> [S::f32s; 4] {
+    [simd.sub_f32s(a, c), simd.add_f32s(b, c), simd.sub_f32s(c, b), simd.sub_f32s(b, d)]
+}
+
 struct Transform<'a> {
     pixels: &'a [f32],
     row: usize,
@@ -143,16 +160,13 @@ impl WithSimd for Transform<'_> {
         for row in 0..rows {
             let pixels = &self.pixels[4 * row * self.row..][..8 * self.row];
             for column in (0..columns).step_by(S::F32_LANES) {
-                let down = |at: usize| {
-                    let [a, b, c, d] = [0, 2, 4, 6].map(|i| load::<S>(pixels, i * self.row + at));
-                    [simd.sub_f32s(a, c), simd.add_f32s(b, c), simd.sub_f32s(c, b), simd.sub_f32s(b, d)]
-                };
-                let (first, third) = (down(column), down(column + 1));
-                let (second, fourth) = (down(self.row + column), down(self.row + column + 1));
+                // Even, odd, even and odd columns of pixels.
+                let first = transform(simd, four::<S>(pixels, column, 2 * self.row));
+                let second = transform(simd, four::<S>(pixels, self.row + column, 2 * self.row));
+                let third = transform(simd, four::<S>(pixels, column + 1, 2 * self.row));
+                let fourth = transform(simd, four::<S>(pixels, self.row + column + 1, 2 * self.row));
                 for i in 0..4 {
-                    let [a, b, c, d] = [first[i], second[i], third[i], fourth[i]];
-                    let across =
-                        [simd.sub_f32s(a, c), simd.add_f32s(b, c), simd.sub_f32s(c, b), simd.sub_f32s(b, d)];
+                    let across = transform(simd, [first[i], second[i], third[i], fourth[i]]);
                     for (j, value) in across.into_iter().enumerate() {
                         store::<S>(self.positions, (4 * i + j) * stride + row * columns + column, value);
                     }
@@ -180,13 +194,12 @@ impl WithSimd for Restore<'_> {
         for tile in (0..self.tiles).step_by(S::F32_LANES) {
             let mut rows = [[bias; 2]; 4];
             for (i, row) in rows.iter_mut().enumerate() {
-                let [a, b, c, d] =
-                    [0, 1, 2, 3].map(|j| load::<S>(self.products, (4 * i + j) * self.each + tile));
+                let [a, b, c, d] = four::<S>(self.products, 4 * i * self.each + tile, self.each);
                 let (sum, difference) = (simd.add_f32s(b, c), simd.sub_f32s(b, c));
                 *row = [simd.add_f32s(a, sum), simd.sub_f32s(difference, d)];
             }
             for side in 0..2 {
-                let [a, b, c, d] = rows.map(|row| row[side]);
+                let [a, b, c, d] = [rows[0][side], rows[1][side], rows[2][side], rows[3][side]];
                 let (sum, difference) = (simd.add_f32s(b, c), simd.sub_f32s(b, c));
                 let upper = simd.add_f32s(simd.add_f32s(a, sum), bias);
                 let lower = simd.add_f32s(simd.sub_f32s(difference, d), bias);
