@@ -35,11 +35,7 @@ impl Unary {
     /// In place.
     pub fn run(self, x: &mut [f32]) {
         match self {
-            Self::Sigmoid => each(
-                x,
-                #[inline(always)]
-                |x| sigmoid(x),
-            ),
+            Self::Sigmoid => each(x, sigmoid),
             Self::Silu => each(
                 x,
                 #[inline(always)]
@@ -51,16 +47,8 @@ impl Unary {
                 |x| x.max(0.0),
             ),
             Self::Tanh => x.iter_mut().for_each(|x| *x = libm::tanhf(*x)),
-            Self::Softplus => each(
-                x,
-                #[inline(always)]
-                |x| softplus(x),
-            ),
-            Self::Erf => each(
-                x,
-                #[inline(always)]
-                |x| erf(x),
-            ),
+            Self::Softplus => each(x, softplus),
+            Self::Erf => each(x, erf),
             Self::Sin => x.iter_mut().for_each(|x| *x = libm::sinf(*x)),
             Self::Cos => x.iter_mut().for_each(|x| *x = libm::cosf(*x)),
             Self::Neg => each(
@@ -95,6 +83,7 @@ fn each(x: &mut [f32], f: impl Fn(f32) -> f32) {
     );
 }
 
+#[inline(always)]
 fn softplus(x: f32) -> f32 {
     x.max(0.0) + libm::log1pf(exp(-x.abs()))
 }
@@ -189,8 +178,7 @@ impl Binary {
     }
 }
 
-/// How a smaller operand is repeated along a larger one: `[outer, inner]` values, each for `repeat` neighbours, all of it for
-/// every block of `a`.
+/// How a smaller operand is repeated along a larger one: each of its values for some neighbours, and all of it again and again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Repeat {
     /// Neighbours that share a value.

@@ -198,8 +198,9 @@ impl WithSimd for Restore<'_> {
                 let (sum, difference) = (simd.add_f32s(b, c), simd.sub_f32s(b, c));
                 *row = [simd.add_f32s(a, sum), simd.sub_f32s(difference, d)];
             }
-            for side in 0..2 {
-                let [a, b, c, d] = [rows[0][side], rows[1][side], rows[2][side], rows[3][side]];
+            let [a, b, c, d] = rows;
+            let columns = [[a[0], b[0], c[0], d[0]], [a[1], b[1], c[1], d[1]]];
+            for (side, [a, b, c, d]) in columns.into_iter().enumerate() {
                 let (sum, difference) = (simd.add_f32s(b, c), simd.sub_f32s(b, c));
                 let upper = simd.add_f32s(simd.add_f32s(a, sum), bias);
                 let lower = simd.add_f32s(simd.sub_f32s(difference, d), bias);
