@@ -74,7 +74,7 @@ fn every_file_computes_what_tract_computes() -> Result<()> {
                 let file = ModelFile::parse("file", bytes.clone())?;
                 let shape = file.info.image_shape();
                 let len: usize = shape.iter().product();
-                let mut tract = dmd_runtime_native::Model::load(file, &options)?;
+                let tract = dmd_runtime_native::Generator::load(file, &options)?;
                 for n in form.batch.map_or(vec![1, 3], |n| vec![n]) {
                     let mut x = vec![0.0; n * len];
                     standard_normal(3, n as u64, &mut x);
