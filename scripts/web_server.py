@@ -13,12 +13,16 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         ".css": "text/css",
         ".html": "text/html; charset=utf-8",
         ".js": "text/javascript",
+        ".json": "application/json",
         ".wasm": "application/wasm",
         "": "application/octet-stream",
     }
 
     def end_headers(self):
         self.send_header("Cache-Control", "no-cache")
+        # The page is isolated from others: what threads in WebAssembly would need, and a check that it loads nothing foreign.
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         super().end_headers()
 
     def log_message(self, *args):

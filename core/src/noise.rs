@@ -23,6 +23,28 @@ pub fn step_noise(seed: u32, image: u64, step: usize, out: &mut [f32]) {
     normal(&mut keyed(u64::from(seed), step as u64 + 1, image), out);
 }
 
+/// Fills `out` with the noise `share` of the way from `a` to `b` on the arc between them (spherical interpolation,
+/// Shoemake 1985): `(sin((1 − share)·w)·a + sin(share·w)·b)/sin w` with the angle `w` between `a` and `b`. Unlike a straight
+/// line it keeps the length, and so the statistics, of normal noise. All three have the same length; `share` is in [0, 1],
+/// where 0 gives `a` and 1 gives `b` to the bit.
+pub fn slerp(a: &[f32], b: &[f32], share: f32, out: &mut [f32]) {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let share = f64::from(share);
+    let cosine = dot(a, b) / libm::sqrt(dot(a, a) * dot(b, b));
+    let angle = libm::acos(cosine.clamp(-1.0, 1.0));
+    let sine = libm::sin(angle);
+    // Noise and its like, or its opposite, have no arc between them.
+    let (of_a, of_b) = match share {
+        0.0 => (1.0, 0.0),
+        1.0 => (0.0, 1.0),
+        _ if sine > 1e-6 => (libm::sin((1.0 - share) * angle) / sine, libm::sin(share * angle) / sine),
+        _ => (1.0 - share, share),
+    };
+    for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+        *out = (of_a * f64::from(*a) + of_b * f64::from(*b)) as f32;
+    }
+}
+
 /// The random words behind the contract: key `seed`, stream `stream`.
 pub fn stream(seed: u64, stream: u64) -> ChaCha8Rng {
     keyed(seed, 0, stream)
@@ -78,6 +100,28 @@ mod tests {
         };
         assert_ne!(fresh(0)[..], bits(42, 7, 4)[..]);
         assert_ne!(fresh(0), fresh(1));
+    }
+
+    #[test]
+    fn an_arc_leads_from_one_noise_to_another_and_keeps_its_length() {
+        let (mut a, mut b, mut out) = (vec![0.0; 4096], vec![0.0; 4096], vec![0.0; 4096]);
+        standard_normal(1, 0, &mut a);
+        standard_normal(2, 0, &mut b);
+        slerp(&a, &b, 0.0, &mut out);
+        assert_eq!(out, a);
+        slerp(&a, &b, 1.0, &mut out);
+        assert_eq!(out, b);
+        let mut last = 1.0;
+        for share in [0.25, 0.5, 0.75] {
+            slerp(&a, &b, share, &mut out);
+            let variance = out.iter().map(|v| v * v).sum::<f32>() / 4096.0;
+            assert!((variance - 1.0).abs() < 0.05, "variance {variance} at {share}");
+            let like_a = out.iter().zip(&a).map(|(x, a)| x * a).sum::<f32>() / 4096.0;
+            assert!(like_a < last - 0.1, "{like_a} at {share}, {last} before");
+            last = like_a;
+        }
+        slerp(&a, &a, 0.3, &mut out);
+        assert!(out.iter().zip(&a).all(|(x, a)| (x - a).abs() < 1e-6));
     }
 
     #[test]

@@ -1,15 +1,15 @@
 //! What an ONNX file promises: its card, and the names, types and shapes of its inputs and output.
 //! Nothing here runs the network.
 
-use dmd_core::card::{CARD_KEY, Classes, INPUT_CLASS, INPUT_Z, ImageSpec, Kind, ModelCard, OUTPUT_X_GEN};
-use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
-use tract_onnx::pb::tensor_shape_proto::dimension::Value as Dim;
-use tract_onnx::pb::type_proto::Value as Type;
-use tract_onnx::pb::{GraphProto, ModelProto, ValueInfoProto};
+use dmd_core::card::{
+    CARD_KEY, Classes, INPUT_CLASS, INPUT_T, INPUT_X_T, INPUT_Z, ImageSpec, Kind, ModelCard, OUTPUT_X_GEN,
+    output_of,
+};
+use dmd_engine::message::{EXTERNAL, Graph, Model, ValueInfo, data_type};
 
 use crate::{Error, Result};
 
-/// What must be known of a generator's file before it can run.
+/// What must be known of a file before it can run.
 #[derive(Clone, Debug)]
 pub struct Contract {
     /// The card, if the file has one.
@@ -18,6 +18,10 @@ pub struct Contract {
     pub image: ImageSpec,
     /// The classes that can be asked for, if the graph has the input for them.
     pub classes: Option<Classes>,
+    /// A one-step generator, or a teacher that takes steps.
+    pub kind: Kind,
+    /// Name of the output: `x_gen`, or what a teacher predicts.
+    pub output: &'static str,
     /// Images per call: 1 where the file does not fix another number.
     pub batch: usize,
 }
@@ -26,21 +30,18 @@ impl Contract {
     /// Reads the card and checks it against the graph.
     ///
     /// # Errors
-    /// A card that does not hold together, a teacher file, inputs or outputs other than a generator's, shapes that
+    /// A card that does not hold together, inputs or outputs other than those of `docs/onnx.md`, shapes that
     /// disagree with the card, a file without a card whose shapes do not say enough.
-    pub fn read(model: &ModelProto, graph: &GraphProto) -> Result<Self> {
+    pub fn read(model: &Model, graph: &Graph) -> Result<Self> {
         let text = model.metadata_props.iter().find(|p| p.key == CARD_KEY);
         let card = text.map(|p| ModelCard::from_json(&p.value)).transpose()?;
-        if card.as_ref().is_some_and(|c| c.kind == Kind::Teacher) {
-            return Err(Error::NotAGenerator(
-                "got a teacher file, expected a one-step generator\n\n\
-                 hint: export the distilled model, without `--teacher`"
-                    .to_owned(),
-            ));
-        }
-        if let Some(w) =
-            graph.initializer.iter().find(|w| w.data_location == Some(DataLocation::External as i32))
-        {
+        let teacher = card.as_ref().filter(|card| card.kind == Kind::Teacher);
+        let (image_input, output) = match teacher {
+            Some(card) => (INPUT_X_T, output_of(card.schedule.prediction_type)),
+            None => (INPUT_Z, OUTPUT_X_GEN),
+        };
+        let kind = if teacher.is_some() { Kind::Teacher } else { Kind::Generator };
+        if let Some(w) = graph.initializer.iter().find(|w| w.data_location == EXTERNAL) {
             return Err(Error::NotAGenerator(format!(
                 "weight `{}` lies in another file, expected a single file\n\nhint: export it without `--external-data`",
                 w.name
@@ -53,14 +54,17 @@ impl Contract {
             ));
         }
         let inputs = inputs(graph);
-        let known = inputs.iter().all(|i| [INPUT_Z, INPUT_CLASS].contains(&i.name.as_str()));
-        let z = inputs.iter().find(|i| known && i.name == INPUT_Z).ok_or_else(|| {
+        let needed = if teacher.is_some() { &[INPUT_X_T, INPUT_T][..] } else { &[INPUT_Z] };
+        let known = inputs.iter().all(|i| i.name == INPUT_CLASS || needed.contains(&i.name.as_str()))
+            && needed.iter().all(|name| inputs.iter().any(|i| i.name == *name));
+        let z = inputs.iter().find(|i| known && i.name == image_input).ok_or_else(|| {
             let got = list(inputs.iter().map(|i| i.name.as_str()));
+            let expected = needed.join("` and `");
             Error::NotAGenerator(format!(
-                "got inputs {got}, expected `{INPUT_Z}` and perhaps `{INPUT_CLASS}`"
+                "got inputs {got}, expected `{expected}` and perhaps `{INPUT_CLASS}`"
             ))
         })?;
-        let shape = shape(z, DataType::Float)?;
+        let shape = shape(z, data_type::FLOAT)?;
         let image = match &card {
             Some(card) => card.image.clone(),
             None => image_of(&shape)?,
@@ -71,26 +75,26 @@ impl Contract {
         };
         if shape.len() != 4 || !shape.iter().zip(&expected).all(fits) {
             return Err(Error::NotAGenerator(format!(
-                "input `{INPUT_Z}` has shape {}, expected {} from the model card",
+                "input `{image_input}` has shape {}, expected {} from the model card",
                 shown(&shape),
                 shown(&expected)
             )));
         }
-        let made = graph.node.iter().any(|n| n.output.iter().any(|o| o == OUTPUT_X_GEN));
-        if !made || !graph.output.iter().any(|o| o.name == OUTPUT_X_GEN) {
+        let made = graph.node.iter().any(|n| n.output.iter().any(|o| o == output));
+        if !made || !graph.output.iter().any(|o| o.name == output) {
             let got = list(graph.output.iter().map(|o| o.name.as_str()));
             return Err(Error::NotAGenerator(format!(
-                "got outputs {got}, expected `{OUTPUT_X_GEN}` as the result of an operator"
+                "got outputs {got}, expected `{output}` as the result of an operator"
             )));
         }
         let batch = shape[0].filter(|n| *n > 0).unwrap_or(1);
         let classes = match inputs.iter().find(|i| i.name == INPUT_CLASS) {
             None => None,
             Some(input) => {
-                let shape = self::shape(input, DataType::Int64)?;
+                let shape = self::shape(input, data_type::INT64)?;
                 if shape.first().is_some_and(|n| n.is_some_and(|n| n != batch)) {
                     return Err(Error::NotAGenerator(format!(
-                        "input `{INPUT_CLASS}` has shape {}, expected [{batch}] as `{INPUT_Z}`",
+                        "input `{INPUT_CLASS}` has shape {}, expected [{batch}] as `{image_input}`",
                         shown(&shape)
                     )));
                 }
@@ -102,7 +106,7 @@ impl Contract {
                 })?)
             }
         };
-        Ok(Self { card, image, classes, batch })
+        Ok(Self { card, image, classes, kind, output, batch })
     }
 
     /// `[channels, height, width]`.
@@ -112,7 +116,7 @@ impl Contract {
 }
 
 /// The graph's inputs that are not weights (old files list their weights as inputs too).
-fn inputs(graph: &GraphProto) -> Vec<&ValueInfoProto> {
+fn inputs(graph: &Graph) -> Vec<&ValueInfo> {
     graph.input.iter().filter(|i| !graph.initializer.iter().any(|w| w.name == i.name)).collect()
 }
 
@@ -121,24 +125,19 @@ fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
-fn shape(input: &ValueInfoProto, expected: DataType) -> Result<Vec<Option<usize>>> {
-    let tensor = input.r#type.as_ref().and_then(|t| t.value.as_ref()).map(|Type::TensorType(t)| t);
+fn shape(input: &ValueInfo, expected: i32) -> Result<Vec<Option<usize>>> {
+    let tensor = input.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
     let got = tensor.map_or(0, |t| t.elem_type);
-    if got != expected as i32 {
-        let got = DataType::try_from(got).unwrap_or(DataType::Undefined);
+    if got != expected {
         return Err(Error::NotAGenerator(format!(
-            "input `{}` has type {got:?}, expected {expected:?}",
-            input.name
+            "input `{}` has type {}, expected {}",
+            input.name,
+            data_type::name(got),
+            data_type::name(expected)
         )));
     }
     let dims = tensor.and_then(|t| t.shape.as_ref()).map(|s| s.dim.as_slice()).unwrap_or_default();
-    Ok(dims
-        .iter()
-        .map(|d| match d.value {
-            Some(Dim::DimValue(n)) => usize::try_from(n).ok(),
-            _ => None,
-        })
-        .collect())
+    Ok(dims.iter().map(|d| d.dim_value.and_then(|n| usize::try_from(n).ok())).collect())
 }
 
 fn image_of(shape: &[Option<usize>]) -> Result<ImageSpec> {

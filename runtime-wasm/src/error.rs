@@ -21,7 +21,10 @@ pub enum Error {
     /// A valid ONNX file, but not a one-step generator.
     #[error("{0}")]
     NotAGenerator(String),
-    /// tract cannot run the graph.
+    /// The file could not be downloaded.
+    #[error("{0}")]
+    Download(String),
+    /// The engine cannot run the graph.
     #[error("cannot prepare the model: {0}")]
     Graph(String),
     /// The card inside the file, or a request that the model cannot meet.

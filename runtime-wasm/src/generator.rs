@@ -1,21 +1,54 @@
-//! A one-step generator read from the bytes of an ONNX file and run by tract, one image at a time.
+//! A one-step generator, or a teacher, read from the bytes of an ONNX file and run one image at a time.
 //! The same code runs natively, where its tests are. Nothing here may know JavaScript, files or clocks.
 
-use std::sync::Arc;
+use std::cell::RefCell;
 
-use dmd_core::card::{INPUT_CLASS, INPUT_Z, OUTPUT_X_GEN};
-use dmd_core::noise;
+use bytes::Bytes;
+use dmd_core::card::{INPUT_CLASS, INPUT_T, INPUT_X_T, INPUT_Z, Kind};
+use dmd_core::noise::{slerp, standard_normal};
 use dmd_core::pixels::{self, Image};
-use tract_onnx::pb::ModelProto;
-use tract_onnx::prelude::*;
+use dmd_core::sampler::{Sampler, Trajectory};
+use dmd_core::schedule::Schedule;
+use dmd_engine::message::Model;
+use dmd_engine::{Input, Network, Workspace};
 
 use crate::contract::Contract;
 use crate::{Error, Result};
 
-/// A generator, ready to run.
+/// Steps of a teacher where no other number is asked for.
+pub const TEACHER_STEPS: usize = 50;
+
+/// A model, ready to run.
 pub struct Generator {
-    plan: Arc<TypedRunnableModel>,
+    network: Network,
+    workspace: RefCell<Workspace>,
     contract: Contract,
+}
+
+/// Which image is asked for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Request {
+    /// Seed of the noise.
+    pub seed: u32,
+    /// Number of the image of that seed.
+    pub image: u64,
+    /// Its class; without one, the model's classes take turns.
+    pub class: Option<usize>,
+    /// Another noise, towards which this one goes.
+    pub towards: Option<Towards>,
+    /// Steps of a teacher (DDIM); [`TEACHER_STEPS`] where there is no number.
+    pub steps: Option<usize>,
+}
+
+/// The other end of an arc of noise.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Towards {
+    /// Its seed.
+    pub seed: u32,
+    /// Its image.
+    pub image: u64,
+    /// How far to go, in [0, 1].
+    pub share: f32,
 }
 
 /// One generated image.
@@ -28,20 +61,38 @@ pub struct Sample {
 }
 
 impl Generator {
-    /// Reads an ONNX file and prepares it for batches of one image (tract's fastest), or of as many as the file fixes, of
-    /// which all but the first are thrown away.
+    /// Reads an ONNX file and prepares it for batches of one image, or of as many as the file fixes, of which all but the
+    /// first are thrown away.
     ///
     /// # Errors
-    /// Bytes that are not ONNX, a file that is not a generator's (see [`Contract::read`]), an operator that tract
-    /// does not have.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let onnx = tract_onnx::onnx().with_ignore_value_info(true);
-        let not_onnx = |problem: String| Error::NotOnnx { bytes: bytes.len(), problem };
-        let model = onnx.proto_model_for_read(&mut &*bytes).map_err(|e| not_onnx(format!("{e:#}")))?;
+    /// Bytes that are not ONNX, a file that is not one of ours (see [`Contract::read`]), an operator that `dmd-export` does
+    /// not write.
+    pub fn from_bytes(bytes: impl Into<Bytes>) -> Result<Self> {
+        let bytes = bytes.into();
+        let length = bytes.len();
+        let not_onnx = |problem: String| Error::NotOnnx { bytes: length, problem };
+        let model = Model::from_bytes(bytes).map_err(|e| not_onnx(e.to_string()))?;
         let graph = model.graph.as_ref().ok_or_else(|| not_onnx("it holds no graph".to_owned()))?;
         let contract = Contract::read(&model, graph)?;
-        let plan = plan(&onnx, &model, &contract).map_err(|e| Error::Graph(format!("{e:#}")))?;
-        Ok(Self { plan, contract })
+        let ([c, h, w], n) = (contract.shape(), contract.batch);
+        let (image, each) = ([n, c, h, w], [n]);
+        let mut inputs = match contract.kind {
+            Kind::Generator => vec![Input { name: INPUT_Z, shape: &image }],
+            Kind::Teacher => {
+                vec![Input { name: INPUT_X_T, shape: &image }, Input { name: INPUT_T, shape: &each }]
+            }
+        };
+        if contract.classes.is_some() {
+            inputs.push(Input { name: INPUT_CLASS, shape: &each });
+        }
+        let network =
+            Network::build(model, &inputs, &[contract.output]).map_err(|e| Error::Graph(e.to_string()))?;
+        if network.output_shapes().next() != Some(&image[..]) {
+            let got: Vec<_> = network.output_shapes().collect();
+            return Err(Error::Graph(format!("`{}` has shape {got:?}, expected {image:?}", contract.output)));
+        }
+        let workspace = RefCell::new(network.workspace());
+        Ok(Self { network, workspace, contract })
     }
 
     /// What the file says about itself.
@@ -49,28 +100,54 @@ impl Generator {
         &self.contract
     }
 
-    /// Generates image `image` of seed `seed`; without a class, the model's classes take turns.
+    /// Image `image` of seed `seed`; without a class, the model's classes take turns.
     ///
     /// # Errors
-    /// A class that the model does not have, or one asked of an unconditional model.
+    /// See [`Self::sample`].
     pub fn generate(&self, seed: u32, image: u64, class: Option<usize>) -> Result<Sample> {
-        let class = self.class_of(image, class)?;
+        self.sample(&Request { seed, image, class, ..Request::default() })
+    }
+
+    /// Generates an image.
+    ///
+    /// # Errors
+    /// A class that the model does not have, or one asked of an unconditional model; steps that it cannot take.
+    pub fn sample(&self, request: &Request) -> Result<Sample> {
+        let class = self.class_of(request.image, request.class)?;
+        let mut x = self.noise(request)?;
+        match self.path(request.steps)? {
+            None => x = self.evaluate(&x, None, class)?,
+            Some(path) => path.run(&mut x, |t, x| self.evaluate(x, Some(t), class), |_, _| {})?,
+        }
+        Ok(Sample { values: x, class })
+    }
+
+    /// The noise of an image, `[channels, height, width]`.
+    ///
+    /// # Errors
+    /// A share that is not in [0, 1].
+    pub fn noise(&self, request: &Request) -> Result<Vec<f32>> {
         let mut z = vec![0.0; self.contract.shape().iter().product()];
-        noise::standard_normal(seed, image, &mut z);
-        let values = self.run(&z, class).map_err(|e| Error::Run(format!("{e:#}")))?;
-        if values.len() != z.len() {
-            let (got, expected) = (values.len(), z.len());
-            return Err(Error::Run(format!("`{OUTPUT_X_GEN}` has {got} values, expected {expected}")));
+        standard_normal(request.seed, request.image, &mut z);
+        if let Some(Towards { seed, image, share }) = request.towards {
+            if !(0.0..=1.0).contains(&share) {
+                return Err(Error::request(format!("got share {share}, expected 0 to 1")));
+            }
+            let (from, mut to) = (z.clone(), vec![0.0; z.len()]);
+            standard_normal(seed, image, &mut to);
+            slerp(&from, &to, share, &mut z);
         }
-        if values.iter().any(|v| !v.is_finite()) {
-            return Err(Error::Run(format!("`{OUTPUT_X_GEN}` holds values that are not finite numbers")));
-        }
-        Ok(Sample { values, class })
+        Ok(z)
     }
 
     /// The pixels of a sample, rounded as every runtime rounds them.
     pub fn pixels(&self, sample: &Sample) -> Image {
         pixels::to_image(&sample.values, self.contract.shape(), self.contract.image.range)
+    }
+
+    /// The pixels of noise: mid-grey is 0, black and white are three standard deviations away.
+    pub fn noise_pixels(&self, noise: &[f32]) -> Image {
+        pixels::to_image(noise, self.contract.shape(), [-3.0, 3.0])
     }
 
     fn class_of(&self, image: u64, class: Option<usize>) -> Result<Option<usize>> {
@@ -87,31 +164,35 @@ impl Generator {
         }
     }
 
-    fn run(&self, z: &[f32], class: Option<usize>) -> TractResult<Vec<f32>> {
-        let ([c, h, w], n) = (self.contract.shape(), self.contract.batch);
-        let mut inputs: TVec<TValue> = tvec!(Tensor::from_shape(&[n, c, h, w], &z.repeat(n))?.into());
-        if let Some(class) = class {
-            inputs.push(tensor1(&vec![class as i64; n]).into());
+    /// The steps of a teacher; none for a generator.
+    fn path(&self, steps: Option<usize>) -> Result<Option<Trajectory>> {
+        match (&self.contract.card, self.contract.kind, steps) {
+            (Some(card), Kind::Teacher, steps) => {
+                let steps = steps.unwrap_or(TEACHER_STEPS.min(card.schedule.num_train_timesteps));
+                let (schedule, range) = (Schedule::new(&card.schedule), self.contract.image.range);
+                Ok(Some(Trajectory::new(&schedule, Sampler::Ddim, steps, range)?))
+            }
+            (_, _, None | Some(1)) => Ok(None),
+            (_, _, Some(steps)) => Err(Error::request(format!(
+                "got {steps} steps, expected 1: the model is a one-step generator"
+            ))),
         }
-        let outputs = self.plan.run(inputs)?;
-        Ok(outputs[0].to_plain_array_view::<f32>()?.iter().take(z.len()).copied().collect())
     }
-}
 
-fn plan(
-    onnx: &tract_onnx::Onnx,
-    model: &ModelProto,
-    contract: &Contract,
-) -> TractResult<Arc<TypedRunnableModel>> {
-    let ([c, h, w], n) = (contract.shape(), contract.batch);
-    let mut graph = onnx.model_for_proto_model(model)?;
-    let mut names = vec![INPUT_Z];
-    names.extend(contract.classes.is_some().then_some(INPUT_CLASS));
-    graph.select_inputs_by_name(&names)?;
-    graph.select_outputs_by_name([OUTPUT_X_GEN])?;
-    graph.set_input_fact(0, f32::fact([n, c, h, w]).into())?;
-    if contract.classes.is_some() {
-        graph.set_input_fact(1, i64::fact([n]).into())?;
+    fn evaluate(&self, x: &[f32], t: Option<usize>, class: Option<usize>) -> Result<Vec<f32>> {
+        let n = self.contract.batch;
+        let images = x.repeat(n);
+        let each = |number: usize| vec![number as f32; n];
+        let (t, class) = (t.map(each), class.map(each));
+        let mut inputs = vec![&images[..]];
+        inputs.extend(t.as_deref().into_iter().chain(class.as_deref()));
+        let mut workspace = self.workspace.borrow_mut();
+        let outputs = self.network.run(&mut workspace, &inputs).map_err(|e| Error::Run(e.to_string()))?;
+        let values: Vec<f32> = outputs[0][..x.len()].to_vec();
+        if values.iter().any(|v| !v.is_finite()) {
+            let output = self.contract.output;
+            return Err(Error::Run(format!("`{output}` holds values that are not finite numbers")));
+        }
+        Ok(values)
     }
-    graph.into_optimized()?.into_runnable()
 }

@@ -4,6 +4,7 @@
 pub mod contract;
 pub mod generator;
 
+mod download;
 mod error;
 mod js;
 pub use error::{Error, Result};

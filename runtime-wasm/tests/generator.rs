@@ -2,7 +2,7 @@
 //! refused. `tests/web` checks the same code as WebAssembly, on the bundled model.
 
 use dmd_core::noise;
-use dmd_runtime_wasm::generator::Generator;
+use dmd_runtime_wasm::generator::{Generator, Request, Towards};
 use prost::Message;
 use serde_json::{Value, json};
 use tract_onnx::pb::{
@@ -81,7 +81,7 @@ fn card() -> Value {
 }
 
 fn load(model: &ModelProto) -> dmd_runtime_wasm::Result<Generator> {
-    Generator::from_bytes(&model.encode_to_vec())
+    Generator::from_bytes(model.encode_to_vec())
 }
 
 fn refusal(model: &ModelProto) -> String {
@@ -173,18 +173,56 @@ fn bytes_that_are_not_a_whole_onnx_file_are_refused() {
     let whole = model(Some(card()), true).encode_to_vec();
     let page = b"<!doctype html><title>404</title>";
     for bytes in [&[][..], &page[..], &whole[..whole.len() / 2], &whole[..whole.len() - 1]] {
-        let refused = Generator::from_bytes(bytes).err().expect("a broken file was accepted").to_string();
+        let refused =
+            Generator::from_bytes(bytes.to_vec()).err().expect("a broken file was accepted").to_string();
         let expected = format!("got {} bytes that are not a complete ONNX file: ", bytes.len());
         assert!(refused.starts_with(&expected), "{refused}");
     }
 }
 
 #[test]
-fn a_teacher_file_is_refused() {
+fn a_teacher_takes_steps() -> anyhow::Result<()> {
     let mut card = card();
     card["kind"] = json!("teacher");
-    let refused = refusal(&model(Some(card), true));
-    assert!(refused.starts_with("got a teacher file, expected a one-step generator"), "{refused}");
+    let refused = refusal(&model(Some(card.clone()), true));
+    assert_eq!(refused, "got inputs `z`, `class`, expected `x_t` and `t` and perhaps `class`");
+
+    // A network that predicts the image `-x_t`: each step of DDIM goes towards it.
+    card["schedule"]["prediction_type"] = json!("sample");
+    card["classes"] = Value::Null;
+    let mut file = model(Some(card), false);
+    let graph = file.graph.get_or_insert_default();
+    graph.input[0].name = "x_t".to_owned();
+    graph.input.push(value("t", DataType::Float, &[]));
+    graph.node[0] = operator("Neg", &["x_t"], "x0_pred");
+    graph.output[0].name = "x0_pred".to_owned();
+    let teacher = load(&file)?;
+    let sample = |steps| teacher.sample(&Request { seed: 3, steps: Some(steps), ..Request::default() });
+    assert_eq!(sample(1)?.values, z(3, 0).iter().map(|v| -v.clamp(-1.0, 1.0)).collect::<Vec<_>>());
+    assert_ne!(sample(2)?.values, sample(1)?.values);
+    let refused = sample(1001).expect_err("1001 steps were accepted").to_string();
+    assert!(refused.starts_with("got 1001 steps, expected 1 to 1000"), "{refused}");
+    Ok(())
+}
+
+#[test]
+fn noise_can_lie_between_two_seeds() -> anyhow::Result<()> {
+    let generator = load(&model(None, false))?;
+    let at = |share| {
+        let towards = Some(Towards { seed: 2, image: 5, share });
+        generator.sample(&Request { seed: 1, image: 5, towards, ..Request::default() }).map(|s| s.values)
+    };
+    let negative = |seed| z(seed, 5).iter().map(|v| -v).collect::<Vec<_>>();
+    assert_eq!(at(0.0)?, negative(1));
+    assert_eq!(at(1.0)?, negative(2));
+    let middle = at(0.5)?;
+    assert!(middle != negative(1) && middle != negative(2));
+    let refused = at(1.5).expect_err("a share of 1.5 was accepted").to_string();
+    assert_eq!(refused, "got share 1.5, expected 0 to 1");
+    let steps = generator.sample(&Request { steps: Some(2), ..Request::default() });
+    let refused = steps.expect_err("2 steps were accepted").to_string();
+    assert_eq!(refused, "got 2 steps, expected 1: the model is a one-step generator");
+    Ok(())
 }
 
 #[test]

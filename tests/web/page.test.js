@@ -2,102 +2,14 @@
 // fail says what is wrong. Run by scripts/test-web.
 
 import assert from 'node:assert/strict';
-import { mkdir, readFile } from 'node:fs/promises';
+import { readFile, readdir } from 'node:fs/promises';
 import path from 'node:path';
-import { after, before, test } from 'node:test';
+import { test } from 'node:test';
+import { gzipSync } from 'node:zlib';
 import {
-  PROVIDERS, difference, inParallel, launch, nativeImages, serve, setting, shownImages,
-} from './support.js';
-
-const DESKTOP = { width: 1280, height: 900 };
-const PHONE = { width: 360, height: 740 };
-
-let server;
-let browser;
-
-before(async () => {
-  server = await serve();
-  browser = await launch();
-});
-
-after(async () => {
-  await browser?.close();
-  server?.stop();
-});
-
-/** Opens the page, runs the test, and checks that nothing outside the server was asked and nothing logged. */
-async function onPage({ viewport = DESKTOP, colorScheme = 'light', search = '', hash = '', prepare, logs = false }, check) {
-  const context = await browser.newContext({ viewport, colorScheme, acceptDownloads: true });
-  const page = await context.newPage();
-  const [foreign, logged] = [[], []];
-  page.on('request', (r) => r.url().startsWith(server.url) || /^(data|blob):/.test(r.url()) || foreign.push(r.url()));
-  page.on('console', (m) => ['error', 'warning'].includes(m.type()) && logged.push(m.text()));
-  page.on('pageerror', (e) => logged.push(e.message));
-  try {
-    await prepare?.(page);
-    await page.goto(server.url + search + hash);
-    await check(page);
-    assert.deepEqual(foreign, [], 'the page asked another server');
-    if (!logs) assert.deepEqual(logged, [], 'the page logged problems');
-  } finally {
-    await context.close();
-  }
-}
-
-function settled(page) {
-  return page.waitForFunction(() => ['ready', 'failed'].includes(window.dmd?.state), null, { timeout: 60_000 });
-}
-
-async function generate(page, { seed, count, class: wanted = '' }) {
-  await settled(page);
-  await page.fill('#seed', String(seed));
-  await page.fill('#count', String(count));
-  await page.selectOption('#class', String(wanted));
-  await page.click('#generate');
-  await settled(page);
-  assert.equal(await page.evaluate(() => window.dmd.state), 'ready');
-  return shownImages(page);
-}
-
-async function screenshot(page, name) {
-  const folder = process.env.DMD_SCREENSHOTS;
-  if (!folder) return;
-  await mkdir(folder, { recursive: true });
-  await page.screenshot({ path: path.join(folder, `${name}.png`), fullPage: true });
-}
-
-function assertSame(shown, native) {
-  assert.equal(shown.length, native.length);
-  let total = 0;
-  shown.forEach(({ rgba }, i) => {
-    const { worst, differing } = difference(rgba, native[i]);
-    assert.ok(worst <= 1, `image ${i} differs from the native runtime by ${worst} levels, expected at most 1`);
-    total += differing;
-  });
-  return total;
-}
-
-async function assertFailed(page, pattern) {
-  await settled(page);
-  assert.match(await page.innerText('#error'), pattern);
-  assert.equal(await page.isVisible('#loading'), false);
-  assert.equal(await page.isDisabled('#generate'), true);
-}
-
-/** The controls that lie on top of another one. */
-function overlaps(page) {
-  return page.evaluate(() => {
-    const controls = [...document.querySelectorAll('#fields :is(input, select, button)')].filter((c) => c.offsetParent);
-    const boxes = controls.map((c) => [c.id, c.getBoundingClientRect()]);
-    return boxes.flatMap(([a, one], i) => boxes.slice(i + 1)
-      .filter(([, two]) => one.left < two.right && two.left < one.right && one.top < two.bottom && two.top < one.bottom)
-      .map(([b]) => `${a} and ${b}`));
-  });
-}
-
-function overflow(page) {
-  return page.evaluate(() => document.scrollingElement.scrollWidth - window.innerWidth);
-}
+  PHONE, assertFailed, assertSame, generate, onPage, overflow, overlaps, screenshot, settled,
+} from './page.js';
+import { PROVIDERS, inParallel, nativeImages, setting, shownImages } from './support.js';
 
 test('the images of 64 seeds are those of both native engines', async (t) => {
   await onPage({}, async (page) => {
@@ -163,6 +75,25 @@ test('image k of a seed does not depend on what else is generated', async () => 
     const other = await generate(page, { seed: 0, count: 3 });
     assert.notDeepEqual(other, three);
   });
+});
+
+test('the page is isolated', async () => {
+  await onPage({ hash: '#count=1' }, async (page) => {
+    await settled(page);
+    assert.equal(await page.evaluate(() => crossOriginIsolated), true);
+  });
+});
+
+test('what a visitor downloads stays small', async (t) => {
+  const site = setting('DMD_WEB_SITE');
+  const size = async (file) => gzipSync(await readFile(path.join(site, file)), { level: 9 }).length;
+  const wasm = await Promise.all(['simd128', 'relaxed-simd'].map((build) => size(`pkg/${build}/dmd_runtime_wasm_bg.wasm`)));
+  const files = (await readdir(site, { recursive: true, withFileTypes: true })).filter((f) => f.isFile());
+  const all = await Promise.all(files.map((f) => size(path.relative(site, path.join(f.parentPath, f.name)))));
+  const total = all.reduce((a, b) => a + b);
+  t.diagnostic(`wasm ${wasm.join(' and ')} bytes, everything ${total}, with gzip`);
+  assert.ok(Math.max(...wasm) <= 1.5e6);
+  assert.ok(total <= 3e6);
 });
 
 test('the keyboard alone is enough, and a run can be stopped', async () => {

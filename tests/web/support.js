@@ -38,13 +38,14 @@ export function launch() {
 export const PROVIDERS = ['tract', 'cpu'];
 
 /** The levels that dmd-run gives for the same request, image by image, as the bytes of a grey or RGB picture. */
-export async function nativeImages({ seed, count, class: wanted, provider = PROVIDERS[0] }) {
+export async function nativeImages({ seed, count, class: wanted, steps, model, provider = PROVIDERS[0] }) {
   const folder = await mkdtemp(path.join(tmpdir(), 'dmd-web-'));
   try {
     const file = path.join(folder, 'native.npy');
-    const model = path.join(setting('DMD_WEB_SITE'), 'model.onnx');
-    const args = [model, '--seed', seed, '--count', count, '--provider', provider, '--threads', 1, '-o', file];
+    const onnx = model ?? path.join(setting('DMD_WEB_SITE'), 'model.onnx');
+    const args = [onnx, '--seed', seed, '--count', count, '--provider', provider, '--threads', 1, '-o', file];
     if (wanted !== undefined) args.push('--class', wanted);
+    if (steps !== undefined) args.push('--steps', steps);
     await promisify(execFile)(setting('DMD_RUN'), args.map(String));
     return levels(readNpy(await readFile(file)));
   } finally {

@@ -1,0 +1,290 @@
+//! From nodes to steps: what the outputs need, names, shapes, and which steps are one. How each operator becomes a step is
+//! in `lower`.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use crate::kernels::norm::GroupNorm;
+use crate::kernels::pointwise::Unary;
+use crate::message::{Model, Node};
+use crate::network::Input;
+use crate::operators::Operator;
+use crate::tensor::Stored;
+use crate::{Error, Result};
+
+/// What a step reads.
+#[derive(Clone, Debug)]
+pub(crate) enum Operand {
+    /// The number of a computed value.
+    Value(usize),
+    /// A stored value.
+    Known(Arc<[f32]>),
+}
+
+impl Operand {
+    /// The number, if it is a computed value.
+    pub(crate) fn value(&self) -> Option<usize> {
+        match self {
+            Self::Value(value) => Some(*value),
+            Self::Known(_) => None,
+        }
+    }
+}
+
+/// One operator, what it reads and which value it computes.
+pub(crate) struct Step {
+    pub(crate) operator: Operator,
+    pub(crate) node: String,
+    pub(crate) inputs: Vec<Operand>,
+    pub(crate) output: usize,
+}
+
+/// Steps in the order in which they run.
+pub(crate) struct Built {
+    pub(crate) steps: Vec<Step>,
+    /// Floats of each value.
+    pub(crate) sizes: Vec<usize>,
+    pub(crate) inputs: Vec<usize>,
+    pub(crate) outputs: Vec<(usize, Vec<usize>)>,
+}
+
+/// A computed value under one of its names: reshaping gives a value another name and shape, but no other memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Flow {
+    pub(crate) value: usize,
+    pub(crate) shape: Vec<usize>,
+    /// Whether nothing but this name's readers reads the value.
+    pub(crate) alone: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Value {
+    Stored(Arc<Stored>),
+    Flow(Flow),
+}
+
+/// A network while it is built.
+#[derive(Default)]
+pub(crate) struct Builder {
+    names: HashMap<String, Value>,
+    uses: HashMap<String, usize>,
+    steps: Vec<Option<Step>>,
+    /// Which step computes a value.
+    producers: Vec<Option<usize>>,
+    sizes: Vec<usize>,
+}
+
+/// See [`crate::Network::build`].
+pub(crate) fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<Built> {
+    let graph = model.graph.ok_or_else(|| Error::Graph("the file holds no graph".to_owned()))?;
+    let mut builder = Builder::default();
+    for tensor in graph.initializer {
+        builder.names.insert(tensor.name.clone(), Value::Stored(Arc::new(Stored::File(tensor))));
+    }
+    let mut values = Vec::with_capacity(inputs.len());
+    for input in inputs {
+        let flow = builder.value(input.shape.to_vec(), None);
+        values.push(flow.value);
+        builder.names.insert(input.name.to_owned(), Value::Flow(flow));
+    }
+    let nodes = needed(graph.node, outputs);
+    for name in nodes
+        .iter()
+        .flat_map(|node| &node.input)
+        .chain(outputs.iter().map(|&o| o.to_owned()).collect::<Vec<_>>().iter())
+    {
+        *builder.uses.entry(name.clone()).or_default() += 1;
+    }
+    for node in nodes {
+        builder.node(&node)?;
+    }
+    let outputs = outputs.iter().map(|name| match builder.names.get(*name) {
+        Some(Value::Flow(flow)) => Ok((flow.value, flow.shape.clone())),
+        _ => Err(Error::Graph(format!("no operator computes the output `{name}`"))),
+    });
+    let outputs = outputs.collect::<Result<_>>()?;
+    let steps = builder.steps.into_iter().flatten().collect();
+    Ok(Built { steps, sizes: builder.sizes, inputs: values, outputs })
+}
+
+/// The nodes that the outputs depend on.
+fn needed(nodes: Vec<Node>, outputs: &[&str]) -> Vec<Node> {
+    let mut wanted: HashSet<String> = outputs.iter().map(|&name| name.to_owned()).collect();
+    let mut kept = Vec::with_capacity(nodes.len());
+    for node in nodes.into_iter().rev() {
+        if node.output.iter().any(|name| wanted.contains(name)) {
+            wanted.extend(node.input.iter().filter(|name| !name.is_empty()).cloned());
+            kept.push(node);
+        }
+    }
+    kept.reverse();
+    kept
+}
+
+impl Builder {
+    fn value(&mut self, shape: Vec<usize>, producer: Option<usize>) -> Flow {
+        self.sizes.push(shape.iter().product());
+        self.producers.push(producer);
+        Flow { value: self.sizes.len() - 1, shape, alone: true }
+    }
+
+    fn node(&mut self, node: &Node) -> Result<()> {
+        let value = self.lower(node)?;
+        let Some(name) = node.output.first() else { return Err(node.wrong("it has no output")) };
+        self.names.insert(name.clone(), value);
+        // Weights are not kept longer than their last reader needs them.
+        for input in &node.input {
+            if let Some(uses) = self.uses.get_mut(input) {
+                *uses -= 1;
+                if *uses == 0 {
+                    self.names.remove(input);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The input number `index`, if the node has it.
+    pub(crate) fn optional(&self, node: &Node, index: usize) -> Result<Option<Value>> {
+        match node.input.get(index).filter(|name| !name.is_empty()) {
+            None => Ok(None),
+            Some(name) => {
+                let found = self.names.get(name).cloned();
+                let missing = || node.wrong(format!("reads `{name}`, which nothing defines"));
+                found.map(Some).ok_or_else(missing)
+            }
+        }
+    }
+
+    /// The input number `index`.
+    pub(crate) fn input(&self, node: &Node, index: usize) -> Result<Value> {
+        self.optional(node, index)?.ok_or_else(|| node.wrong(format!("input {index} is missing")))
+    }
+
+    /// The input number `index`, which must be computed.
+    pub(crate) fn flow(&self, node: &Node, index: usize) -> Result<Flow> {
+        match self.input(node, index)? {
+            Value::Flow(flow) => Ok(flow),
+            Value::Stored(_) => {
+                Err(node.wrong(format!("got a stored value as input {index}, expected a computed one")))
+            }
+        }
+    }
+
+    /// The input number `index`, if the node has it, which must be stored.
+    pub(crate) fn optional_stored(&self, node: &Node, index: usize) -> Result<Option<Arc<Stored>>> {
+        match self.optional(node, index)? {
+            None => Ok(None),
+            Some(Value::Stored(stored)) => Ok(Some(stored)),
+            Some(Value::Flow(_)) => {
+                Err(node.wrong(format!("got a computed value as input {index}, expected a stored one")))
+            }
+        }
+    }
+
+    /// The input number `index`, which must be stored.
+    pub(crate) fn stored(&self, node: &Node, index: usize) -> Result<Arc<Stored>> {
+        self.optional_stored(node, index)?.ok_or_else(|| node.wrong(format!("input {index} is missing")))
+    }
+
+    /// The stored input number `index` as floats.
+    pub(crate) fn floats(&self, node: &Node, index: usize) -> Result<Vec<f32>> {
+        let stored = self.stored(node, index)?;
+        stored.floats().map(|values| values.into_owned()).map_err(|e| node.wrong(e))
+    }
+
+    /// The stored input number `index` as integers.
+    pub(crate) fn integers(&self, node: &Node, index: usize) -> Result<Vec<i64>> {
+        self.stored(node, index)?.integers().map_err(|e| node.wrong(e))
+    }
+
+    /// Adds a step.
+    pub(crate) fn step(
+        &mut self,
+        node: &Node,
+        operator: Operator,
+        inputs: Vec<Operand>,
+        shape: Vec<usize>,
+    ) -> Flow {
+        let flow = self.value(shape, Some(self.steps.len()));
+        let name = if node.name.is_empty() { node.op_type.clone() } else { node.name.clone() };
+        self.steps.push(Some(Step { operator, node: name, inputs, output: flow.value }));
+        flow
+    }
+
+    /// The same value in another shape.
+    pub(crate) fn reshaped(&self, node: &Node, flow: Flow, shape: Vec<usize>) -> Result<Flow> {
+        let (got, expected) = (shape.iter().product::<usize>(), flow.shape.iter().product::<usize>());
+        if got != expected {
+            return Err(node.wrong(format!("got {shape:?} for a value of shape {:?}", flow.shape)));
+        }
+        let alone = flow.alone && self.readers(node, 0) == 1;
+        Ok(Flow { value: flow.value, shape, alone })
+    }
+
+    /// How many nodes, from this one on, read the input number `index`, and graph outputs.
+    fn readers(&self, node: &Node, index: usize) -> usize {
+        node.input.get(index).and_then(|name| self.uses.get(name)).copied().unwrap_or(0)
+    }
+
+    /// The step that computes an input, if `readers` are all that read it.
+    fn producer(&mut self, node: &Node, index: usize, readers: usize) -> Option<&mut Step> {
+        let Ok(Some(Value::Flow(flow))) = self.optional(node, index) else { return None };
+        if !flow.alone || self.readers(node, index) != readers {
+            return None;
+        }
+        self.steps[self.producers[flow.value]?].as_mut()
+    }
+
+    /// Scale and shift per channel after an InstanceNormalization of groups of them: one step.
+    pub(crate) fn fuse_affine(&mut self, node: &Node, x: &Flow, scale: &[f32], shift: &[f32]) -> bool {
+        let [n, channels, pixels @ ..] = &x.shape[..] else { return false };
+        let (total, pixels) = (n * channels, pixels.iter().product::<usize>());
+        let Some(Step { operator: Operator::GroupNorm(norm), .. }) = self.producer(node, 0, 1) else {
+            return false;
+        };
+        let plain =
+            !norm.silu && norm.scale.iter().all(|v| *v == 1.0) && norm.shift.iter().all(|v| *v == 0.0);
+        let fits = norm.groups == norm.scale.len()
+            && channels % norm.groups == 0
+            && norm.groups * norm.pixels * n == total * pixels;
+        if plain && fits {
+            let (scale, shift) = (scale.to_vec(), shift.to_vec());
+            **norm = GroupNorm { pixels, scale, shift, ..**norm };
+        }
+        plain && fits
+    }
+
+    /// `x·sigmoid(x)`: one step, part of the step before it where that is possible.
+    pub(crate) fn fuse_silu(&mut self, node: &Node) -> Option<Flow> {
+        for (x, gate) in [(0, 1), (1, 0)] {
+            let Ok(Some(Value::Flow(flow))) = self.optional(node, x) else { continue };
+            let Ok(Some(Value::Flow(gated))) = self.optional(node, gate) else { continue };
+            let Some(step) = self.producer(node, gate, 1) else { continue };
+            if !matches!(step.operator, Operator::Unary(Unary::Sigmoid))
+                || step.inputs[0].value() != Some(flow.value)
+                || gated.shape != flow.shape
+            {
+                continue;
+            }
+            if let Some(sigmoid) = self.producers[gated.value] {
+                self.steps[sigmoid] = None;
+            }
+            // The sigmoid was the other reader.
+            if let Some(step) = self.producer(node, x, 1) {
+                match &mut step.operator {
+                    Operator::GroupNorm(norm) if !norm.silu => norm.silu = true,
+                    Operator::Affine { silu, .. } if !*silu => *silu = true,
+                    _ => {
+                        let silu = Operator::Unary(Unary::Silu);
+                        return Some(self.step(node, silu, vec![Operand::Value(flow.value)], flow.shape));
+                    }
+                }
+                return Some(Flow { alone: true, ..flow });
+            }
+            let silu = Operator::Unary(Unary::Silu);
+            return Some(self.step(node, silu, vec![Operand::Value(flow.value)], flow.shape));
+        }
+        None
+    }
+}

@@ -1,0 +1,183 @@
+//! Convolution and its transpose, of one image at a time, as products of matrices.
+
+use super::gemm::{self, Left, Product};
+use super::winograd::Winograd;
+
+/// Sizes of a convolution.
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// Channels of the larger side's image (`x` of a convolution, the output of a transposed one).
+    pub channels: usize,
+    /// Its height and width.
+    pub image: [usize; 2],
+    /// Height and width of the other side's image: one position of the kernel for each pixel.
+    pub places: [usize; 2],
+    /// Height and width of the kernel.
+    pub kernel: [usize; 2],
+    /// Steps between positions.
+    pub stride: [usize; 2],
+    /// Margin above and on the left.
+    pub margin: [usize; 2],
+}
+
+impl Geometry {
+    /// Values that one position of the kernel covers.
+    pub fn taps(&self) -> usize {
+        self.channels * self.kernel[0] * self.kernel[1]
+    }
+
+    /// Positions.
+    pub fn positions(&self) -> usize {
+        self.places[0] * self.places[1]
+    }
+
+    /// Calls `f` with each row of positions that lies within the image for a tap: position in the image, position in
+    /// the row of `positions`, and count; steps in the image are `stride[1]`.
+    fn rows(&self, tap: usize, mut f: impl FnMut(usize, usize, usize)) {
+        let [kh, kw] = self.kernel;
+        let (channel, ky, kx) = (tap / (kh * kw), tap / kw % kh, tap % kw);
+        let ([h, w], [rows, columns]) = (self.image, self.places);
+        let first = self.margin[1].saturating_sub(kx).div_ceil(self.stride[1]);
+        let end = columns.min((w + self.margin[1]).saturating_sub(kx).div_ceil(self.stride[1]));
+        if first >= end {
+            return;
+        }
+        for row in 0..rows {
+            let y = row * self.stride[0] + ky;
+            if y >= self.margin[0] && y - self.margin[0] < h {
+                let x = first * self.stride[1] + kx - self.margin[1];
+                f((channel * h + y - self.margin[0]) * w + x, row * columns + first, end - first);
+            }
+        }
+    }
+
+    fn plain(&self) -> bool {
+        self.kernel == [1, 1] && self.stride == [1, 1] && self.margin == [0, 0] && self.image == self.places
+    }
+}
+
+enum Method {
+    Columns(Left),
+    Winograd(Winograd),
+}
+
+/// A convolution with its weights.
+pub struct Conv {
+    geometry: Geometry,
+    bias: Vec<f32>,
+    method: Method,
+}
+
+impl Conv {
+    /// Takes weights `[out, channels, kernel]` and a bias per output channel.
+    pub fn new(geometry: Geometry, weights: &[f32], bias: Vec<f32>) -> Self {
+        let out = bias.len();
+        let cost = geometry.taps() / geometry.channels.max(1) * gemm::padded(geometry.positions());
+        let same = geometry.kernel == [3, 3]
+            && geometry.stride == [1, 1]
+            && geometry.margin == [1, 1]
+            && geometry.image == geometry.places;
+        // The transforms cost as much as some channels.
+        let few = out < 8 || geometry.channels < 8;
+        let method = if same && !few && 4 * Winograd::cost(geometry.image) < 3 * cost {
+            Method::Winograd(Winograd::new(weights, [out, geometry.channels], geometry.image))
+        } else {
+            Method::Columns(Left::pack(out, geometry.taps(), weights))
+        };
+        Self { geometry, bias, method }
+    }
+
+    /// Floats of scratch memory.
+    pub fn scratch(&self) -> usize {
+        match &self.method {
+            Method::Winograd(winograd) => winograd.scratch(),
+            Method::Columns(left) => (left.depth() + 1) * gemm::padded(self.geometry.positions()),
+        }
+    }
+
+    /// One image: `x` is `[channels, image]`, `out` `[out, places]`.
+    pub fn run(&self, x: &[f32], out: &mut [f32], scratch: &mut [f32]) {
+        match &self.method {
+            Method::Winograd(winograd) => winograd.run(x, &self.bias, out, scratch),
+            Method::Columns(left) => {
+                let columns = self.geometry.positions();
+                let (row, panels) = scratch.split_at_mut(gemm::padded(columns));
+                gather(&self.geometry, x, row, panels);
+                let product = Product { out, stride: columns, columns };
+                gemm::multiply(left, panels, Some(&self.bias), product);
+            }
+        }
+    }
+}
+
+/// The values under every tap, tap by tap, in panels.
+fn gather(geometry: &Geometry, x: &[f32], row: &mut [f32], panels: &mut [f32]) {
+    let (taps, step) = (geometry.taps(), geometry.stride[1]);
+    row.fill(0.0);
+    for tap in 0..taps {
+        if geometry.plain() {
+            let positions = geometry.positions();
+            row[..positions].copy_from_slice(&x[tap * positions..][..positions]);
+        } else {
+            row.fill(0.0);
+            geometry.rows(tap, |from, to, count| {
+                let to = &mut row[to..to + count];
+                if step == 1 {
+                    to.iter_mut().zip(&x[from..]).for_each(|(to, x)| *to = *x);
+                } else {
+                    to.iter_mut().zip(x[from..].iter().step_by(step)).for_each(|(to, x)| *to = *x);
+                }
+            });
+        }
+        gemm::pack_row(row, tap, taps, panels);
+    }
+}
+
+/// A transposed convolution with its weights.
+pub struct ConvTranspose {
+    geometry: Geometry,
+    bias: Vec<f32>,
+    left: Left,
+}
+
+impl ConvTranspose {
+    /// Takes weights `[input, channels, kernel]` and a bias per output channel (`geometry.channels` of them).
+    pub fn new(geometry: Geometry, weights: &[f32], bias: Vec<f32>) -> Self {
+        let taps = geometry.taps();
+        let input = weights.len() / taps.max(1);
+        let mut turned = vec![0.0; weights.len()];
+        for (i, row) in weights.chunks_exact(taps).enumerate() {
+            turned.iter_mut().skip(i).step_by(input).zip(row).for_each(|(to, from)| *to = *from);
+        }
+        Self { geometry, bias, left: Left::pack(taps, input, &turned) }
+    }
+
+    /// Floats of scratch memory.
+    pub fn scratch(&self) -> usize {
+        (self.left.depth() + 1 + self.left.rows()) * gemm::padded(self.geometry.positions())
+    }
+
+    /// One image: `x` is `[input, places]`, `out` `[channels, image]`.
+    pub fn run(&self, x: &[f32], out: &mut [f32], scratch: &mut [f32]) {
+        let (geometry, columns) = (&self.geometry, self.geometry.positions());
+        let padded = gemm::padded(columns);
+        let (row, rest) = scratch.split_at_mut(padded);
+        let (panels, products) = rest.split_at_mut(self.left.depth() * padded);
+        row.fill(0.0);
+        for (k, x) in x.chunks_exact(columns).enumerate() {
+            row[..columns].copy_from_slice(x);
+            gemm::pack_row(row, k, self.left.depth(), panels);
+        }
+        gemm::multiply(&self.left, panels, None, Product { out: products, stride: padded, columns });
+        let pixels = geometry.image[0] * geometry.image[1];
+        for (out, bias) in out.chunks_exact_mut(pixels).zip(&self.bias) {
+            out.fill(*bias);
+        }
+        for (tap, products) in products.chunks_exact(padded).take(geometry.taps()).enumerate() {
+            geometry.rows(tap, |to, from, count| {
+                let to = out[to..].iter_mut().step_by(geometry.stride[1]);
+                to.zip(&products[from..from + count]).for_each(|(to, from)| *to += *from);
+            });
+        }
+    }
+}

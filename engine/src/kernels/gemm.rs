@@ -1,0 +1,174 @@
+//! Products of matrices, in tiles of registers: the left one packed in blocks of rows, the right one in panels of two
+//! vectors' width.
+
+use pulp::{Simd, WithSimd};
+
+use super::simd::{dispatch, lanes};
+
+/// Bytes of panels that are gone through together while the left matrix streams by.
+const GROUP: usize = 64 << 10;
+/// Rows of the largest tile. Without fused multiplication and addition a product needs a register of its own.
+const ROWS: usize =
+    if cfg!(all(target_family = "wasm", not(target_feature = "relaxed-simd"))) { 4 } else { 6 };
+
+/// A matrix `[rows, depth]`, in blocks of rows, and in each block depth by depth.
+pub struct Left {
+    rows: usize,
+    depth: usize,
+    data: Vec<f32>,
+}
+
+impl Left {
+    /// Packs a matrix whose value `(row, k)` is at `row·depth + k`.
+    pub fn pack(rows: usize, depth: usize, values: &[f32]) -> Self {
+        let mut left = Self { rows, depth, data: Vec::new() };
+        left.repack(values);
+        left
+    }
+
+    /// Packs other values of the same size into the same memory.
+    pub fn repack(&mut self, values: &[f32]) {
+        let depth = self.depth;
+        self.data.resize(self.rows * depth, 0.0);
+        for (first, count) in blocks(self.rows) {
+            let rows = &values[first * depth..(first + count) * depth];
+            let block = &mut self.data[first * depth..(first + count) * depth];
+            for (r, row) in rows.chunks_exact(depth.max(1)).enumerate() {
+                block.iter_mut().skip(r).step_by(count).zip(row).for_each(|(to, from)| *to = *from);
+            }
+        }
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns, which are the right matrix's rows.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+}
+
+/// First row and size of the blocks of rows.
+fn blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut first = 0;
+    std::iter::from_fn(move || {
+        let size = match rows - first {
+            0 => return None,
+            1 => 1,
+            2 | 3 => 2,
+            4 | 5 | 8 | 9 => 4,
+            _ => ROWS,
+        };
+        first += size;
+        Some((first - size, size))
+    })
+}
+
+/// Columns of a panel.
+pub fn width() -> usize {
+    2 * lanes()
+}
+
+/// Columns with those that fill the last panel.
+pub fn padded(columns: usize) -> usize {
+    columns.next_multiple_of(width())
+}
+
+/// Writes row `k` of the right matrix, filled up to `padded(columns)`, into its panels.
+pub fn pack_row(row: &[f32], k: usize, depth: usize, panels: &mut [f32]) {
+    struct Pack<'a>(&'a [f32], usize, usize, &'a mut [f32]);
+    impl WithSimd for Pack<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            let Self(row, k, depth, panels) = self;
+            let row = S::as_simd_f32s(row).0.as_chunks::<2>().0;
+            let panels = S::as_mut_simd_f32s(panels).0.as_chunks_mut::<2>().0;
+            for (to, from) in panels.iter_mut().skip(k).step_by(depth).zip(row) {
+                *to = *from;
+            }
+        }
+    }
+    dispatch(Pack(row, k, depth, panels));
+}
+
+/// Where a product goes: row `r` at `r·stride`.
+pub struct Product<'a> {
+    /// The values.
+    pub out: &'a mut [f32],
+    /// Distance of two rows.
+    pub stride: usize,
+    /// Columns.
+    pub columns: usize,
+}
+
+/// `out = a·b (+ bias per row)`, with `b` in panels.
+pub fn multiply(a: &Left, b: &[f32], bias: Option<&[f32]>, product: Product) {
+    dispatch(Multiply { a, b, bias, product });
+}
+
+struct Multiply<'a> {
+    a: &'a Left,
+    b: &'a [f32],
+    bias: Option<&'a [f32]>,
+    product: Product<'a>,
+}
+
+impl WithSimd for Multiply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let panels = self.product.columns.div_ceil(2 * S::F32_LANES);
+        let group = (GROUP / (self.a.depth * 2 * S::F32_LANES * 4).max(1)).max(1);
+        for first in (0..panels).step_by(group) {
+            for (row, count) in blocks(self.a.rows) {
+                for panel in first..panels.min(first + group) {
+                    match count {
+                        6 => self.tile::<S, 6>(simd, row, panel),
+                        4 => self.tile::<S, 4>(simd, row, panel),
+                        2 => self.tile::<S, 2>(simd, row, panel),
+                        _ => self.tile::<S, 1>(simd, row, panel),
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Multiply<'_> {
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize>(&mut self, simd: S, row: usize, panel: usize) {
+        let (depth, width) = (self.a.depth, 2 * S::F32_LANES);
+        let weights = self.a.data[row * depth..(row + R) * depth].as_chunks::<R>().0;
+        let b =
+            S::as_simd_f32s(&self.b[panel * depth * width..(panel + 1) * depth * width]).0.as_chunks::<2>().0;
+        let mut tile = [[simd.splat_f32s(0.0); 2]; R];
+        if let Some(bias) = self.bias {
+            for (tile, bias) in tile.iter_mut().zip(&bias[row..row + R]) {
+                *tile = [simd.splat_f32s(*bias); 2];
+            }
+        }
+        for (weights, b) in weights.iter().zip(b) {
+            for (tile, weight) in tile.iter_mut().zip(weights) {
+                let weight = simd.splat_f32s(*weight);
+                tile[0] = simd.mul_add_e_f32s(weight, b[0], tile[0]);
+                tile[1] = simd.mul_add_e_f32s(weight, b[1], tile[1]);
+            }
+        }
+        let Product { out, stride, columns } = &mut self.product;
+        let count = (*columns - panel * width).min(width);
+        for (r, tile) in tile.iter().enumerate() {
+            let out = &mut out[(row + r) * *stride + panel * width..][..count];
+            if count == width {
+                S::as_mut_simd_f32s(out).0.copy_from_slice(tile);
+            } else {
+                let values: &[f32] = pulp::bytemuck::cast_slice(tile);
+                out.iter_mut().zip(values).for_each(|(to, from)| *to = *from);
+            }
+        }
+    }
+}

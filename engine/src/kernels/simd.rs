@@ -1,0 +1,102 @@
+//! Running loops with the processor's vector instructions (crate `pulp`), and functions that such loops need.
+
+use pulp::{Arch, Simd, WithSimd};
+
+/// Runs a kernel with the best instructions of this processor.
+#[inline(always)]
+pub fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
+    Arch::new().dispatch(kernel)
+}
+
+/// Floats in one vector.
+pub fn lanes() -> usize {
+    struct Lanes;
+    impl WithSimd for Lanes {
+        type Output = usize;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> usize {
+            S::F32_LANES
+        }
+    }
+    dispatch(Lanes)
+}
+
+/// Runs plain loops with the processor's vector instructions; the closure must be `#[inline(always)]`.
+pub fn vectorised<R>(f: impl FnOnce() -> R) -> R {
+    struct Loops<F>(F);
+    impl<R, F: FnOnce() -> R> WithSimd for Loops<F> {
+        type Output = R;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> R {
+            (self.0)()
+        }
+    }
+    dispatch(Loops(f))
+}
+
+/// The instructions that kernels use here, for `info`.
+pub fn instructions() -> &'static str {
+    if cfg!(target_feature = "relaxed-simd") {
+        "relaxed-simd"
+    } else if cfg!(target_family = "wasm") {
+        "simd128"
+    } else {
+        "native"
+    }
+}
+
+/// The vector at `at`.
+#[inline(always)]
+pub fn load<S: Simd>(from: &[f32], at: usize) -> S::f32s {
+    S::as_simd_f32s(&from[at..at + S::F32_LANES]).0[0]
+}
+
+/// Writes a vector to `at`.
+#[inline(always)]
+pub fn store<S: Simd>(to: &mut [f32], at: usize, vector: S::f32s) {
+    S::as_mut_simd_f32s(&mut to[at..at + S::F32_LANES]).0[0] = vector;
+}
+
+/// `exp(x)` to about two units in the last place (degree 6, Cody and Waite's reduction).
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.clamp(-87.0, 87.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    let p = 1.0 / 720.0 + r * (1.0 / 5040.0);
+    let p = 1.0 / 24.0 + r * (1.0 / 120.0 + r * p);
+    let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0 + r * p)));
+    p * f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23)
+}
+
+/// `1 / (1 + exp(−x))`.
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// The error function; Abramowitz and Stegun 1964, 7.1.26, off by at most 1.5e-7.
+#[inline(always)]
+pub fn erf(x: f32) -> f32 {
+    let z = x.abs();
+    let t = 1.0 / (1.0 + 0.327_591_1 * z);
+    let p = 0.254_829_6 + t * (-0.284_496_74 + t * (1.421_413_8 + t * (-1.453_152 + t * 1.061_405_4)));
+    (1.0 - p * t * exp(-z * z)).copysign(x)
+}
+
+/// The sum, by sixteen partial sums.
+#[inline(always)]
+pub fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let (blocks, rest) = x.as_chunks::<16>();
+    let mut sums = [0.0; 16];
+    for block in blocks {
+        for (sum, &x) in sums.iter_mut().zip(block) {
+            *sum += f(x);
+        }
+    }
+    sums.iter().sum::<f32>() + rest.iter().map(|&x| f(x)).sum::<f32>()
+}
