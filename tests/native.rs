@@ -33,7 +33,7 @@ fn options(provider: Provider, threads: usize) -> Result<Options> {
             "{LIBRARY} names no onnxruntime library\n\nhint: run scripts/test, which installs one and sets the variable"
         );
     }
-    Ok(Options { provider, threads: Some(threads), ort_lib: None })
+    Ok(Options { provider, threads: Some(threads), ..Options::default() })
 }
 
 fn bundled(provider: Provider, threads: usize) -> Result<Model> {

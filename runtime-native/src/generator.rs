@@ -22,7 +22,7 @@ pub const TEACHER_STEPS: usize = 50;
 const BATCH_PIXELS: usize = 64 * 32 * 32;
 
 /// How to run a model.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Options {
     /// What runs the network.
     pub provider: Provider,
@@ -30,6 +30,8 @@ pub struct Options {
     pub threads: Option<usize>,
     /// The onnxruntime library to load; `None` searches, see [`crate::library`].
     pub ort_lib: Option<PathBuf>,
+    /// Folder where TensorRT keeps the engines it builds; `None` is `dmd/tensorrt` in the user's cache folder.
+    pub trt_cache: Option<PathBuf>,
 }
 
 /// What to generate: images `first .. first + count` of a seed.

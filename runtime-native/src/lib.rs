@@ -2,7 +2,11 @@
 //! run time. Knows no training and no candle; what must agree with the other runtimes comes from `dmd-core`.
 
 #[cfg(not(any(feature = "ort", feature = "tract")))]
-compile_error!("a build needs an engine: enable the feature `ort` or `tract`");
+compile_error!("a build needs an engine: enable the feature `ort-load`, `ort-download` or `tract`");
+#[cfg(all(feature = "ort", not(any(feature = "ort-load", feature = "ort-download"))))]
+compile_error!("onnxruntime is either loaded or linked: enable the feature `ort-load` or `ort-download`");
+#[cfg(all(feature = "ort-load", feature = "ort-download"))]
+compile_error!("got the features `ort-load` and `ort-download`, expected one: add `--no-default-features`");
 
 pub mod batch;
 pub mod file;
@@ -10,12 +14,20 @@ pub mod generator;
 #[cfg(feature = "ort")]
 pub mod library;
 pub mod providers;
+#[cfg(feature = "ort-load")]
+pub mod search;
 pub mod verify;
 
+#[cfg(feature = "ort")]
+mod devices;
 mod error;
 mod external;
 #[cfg(feature = "ort")]
 mod ort;
+#[cfg(feature = "ort-load")]
+mod plugins;
+#[cfg(feature = "ort")]
+mod remedies;
 #[cfg(feature = "tract")]
 mod tract;
 

@@ -100,6 +100,9 @@ struct SampleArgs {
     /// The onnxruntime library to load [default: searched, see below]
     #[arg(long, value_name = "FILE")]
     ort_lib: Option<PathBuf>,
+    /// Folder where TensorRT keeps the engines it builds [default: dmd/tensorrt in the user's cache folder]
+    #[arg(long, value_name = "DIR")]
+    trt_cache: Option<PathBuf>,
     /// Where to write: NAME.png, NAME.npy, or - for a PNG on stdout
     #[arg(short, long, value_name = "FILE", default_value = "samples.png")]
     output: PathBuf,

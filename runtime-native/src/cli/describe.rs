@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use dmd_core::card::Kind;
 use dmd_runtime_native::file::Port;
-use dmd_runtime_native::{ModelInfo, Options, Provider, providers as all};
+use dmd_runtime_native::{ModelInfo, Options, providers as all};
 
 /// Prints what a model file says about itself.
 pub fn info(model: Option<&Path>, json: bool) -> anyhow::Result<()> {
@@ -22,7 +22,7 @@ pub fn info(model: Option<&Path>, json: bool) -> anyhow::Result<()> {
 
 /// Prints which providers can be had and why the rest cannot.
 pub fn providers(ort_lib: Option<PathBuf>, json: bool) -> anyhow::Result<()> {
-    let list = all::list(&Options { provider: Provider::Auto, threads: None, ort_lib });
+    let list = all::list(&Options { ort_lib, ..Options::default() });
     let mut out = std::io::stdout().lock();
     if json {
         return Ok(writeln!(out, "{}", serde_json::to_string_pretty(&list)?)?);

@@ -39,6 +39,7 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         provider: args.provider,
         threads: args.threads.map(usize::from),
         ort_lib: args.ort_lib.clone(),
+        trt_cache: args.trt_cache.clone(),
     };
     let mut model = Model::load(file, &options)?;
     let loaded = started.elapsed();
