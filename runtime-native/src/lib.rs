@@ -35,7 +35,7 @@ pub use batch::Batch;
 pub use dmd_core::sampler::Sampler;
 pub use error::{Error, Result};
 pub use file::{ModelFile, ModelInfo};
-pub use generator::{Class, Model, Options, Request, Samples};
+pub use generator::{Class, Interpolation, Model, Options, Request, Samples};
 pub use providers::Provider;
 
 /// The model that comes with this crate: a class-conditional one-step generator.

@@ -9,6 +9,8 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use dmd_runtime_native::{Provider, Sampler};
 
+use cli::{Ends, Format, Seeds};
+
 /// Generate images from an ONNX model made by dmd-export
 #[derive(Parser)]
 #[command(name = "dmd-run", version, args_conflicts_with_subcommands = true, after_help = cli::AFTER_HELP)]
@@ -81,17 +83,23 @@ struct SampleArgs {
     /// Classifier-free guidance of a teacher with classes; 1 is none
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     guidance: f64,
-    /// Seed of the noise; image k of a seed is always the same
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u32,
-    /// Number of images; with `--class all`, per class
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    /// Seed of the noise; image k of a seed is always the same. Several as a list, 1,5,9, or a range, 3..7, which is 3 to
+    /// 7 with both ends
+    #[arg(long, value_name = "N", default_value = "0")]
+    seed: Seeds,
+    /// Number of images per seed; with `--class all`, of each class
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     count: u32,
+    /// From image 0 of seed A to image 0 of seed B in --count images of one class, along the great arc between their
+    /// noise
+    #[arg(long, value_name = "A..B", conflicts_with = "seed")]
+    interpolate: Option<Ends>,
     /// Class of all images by number or name, or `all` for a grid with a column per class [default: image k has
     /// class k mod number of classes]
     #[arg(long, value_name = "C")]
     class: Option<String>,
-    /// What runs the network; auto is cuda, cpu or tract, whichever is first to be usable
+    /// What runs the network; auto is cuda, cpu or tract, whichever is first to be usable; the others are taken where
+    /// they are named
     #[arg(long, default_value = "auto", hide_possible_values = false, value_parser = provider())]
     provider: Provider,
     /// Threads [default: one per core]
@@ -103,9 +111,12 @@ struct SampleArgs {
     /// Folder where TensorRT keeps the engines it builds [default: dmd/tensorrt in the user's cache folder]
     #[arg(long, value_name = "DIR")]
     trt_cache: Option<PathBuf>,
-    /// Where to write: NAME.png, NAME.npy, or - for a PNG on stdout
+    /// Where to write: NAME.png, NAME.npy, NAME.raw, or - for stdout, see below
     #[arg(short, long, value_name = "FILE", default_value = "samples.png")]
     output: PathBuf,
+    /// What to write [default: what the name of the output says, png on stdout]
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    format: Option<Format>,
     /// Put all images on one sheet
     #[arg(long)]
     grid: bool,

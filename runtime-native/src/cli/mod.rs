@@ -4,6 +4,7 @@ mod describe;
 mod output;
 mod progress;
 mod sample;
+mod seeds;
 mod verify;
 
 use std::io::ErrorKind;
@@ -13,7 +14,9 @@ use std::process::ExitCode;
 use dmd_runtime_native::{BUNDLED, BUNDLED_NAME, ModelFile};
 
 pub use describe::{info, providers};
+pub use output::Format;
 pub use sample::sample;
+pub use seeds::{Ends, Seeds};
 pub use verify::verify;
 
 /// What `--help` says after the options.
@@ -22,7 +25,9 @@ Output:
   NAME.png  One image. Several become NAME-0000.png, NAME-0001.png, …, or one
             sheet NAME.png with --grid or --class all.
   NAME.npy  All images as one array, f32 [n, c, h, w], in the model's range.
-  -         One PNG on stdout, a sheet if there are several images.
+  NAME.raw  All images as bytes: rows from the top, channels interleaved.
+  -         Stdout: one PNG, a sheet if there are several images; with
+            --format npy or raw what is said above.
 
 onnxruntime is loaded from the file that --ort-lib or ORT_DYLIB_PATH names,
 else from the first of: the folder of this program, ./lib, the active Python

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use anyhow::bail;
 use dmd_runtime_native::file::ModelInfo;
-use dmd_runtime_native::generator::{classes, evaluations, find_class, steps};
-use dmd_runtime_native::{Class, Model, Options, Request};
+use dmd_runtime_native::generator::{classes, evaluations, find_class, parts, steps};
+use dmd_runtime_native::{Class, Interpolation, Model, Options, Request};
 
 use super::output::{Output, Wish};
 use super::progress::Progress;
@@ -19,19 +19,20 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     if info.card.is_none() {
         eprintln!("warning: {} has no model card: values in [-1, 1] are assumed", info.name);
     }
-    let steps = steps(&info, args.steps)?;
-    let (class, per_class) = class_of(args, &info)?;
-    let count = args.count as usize * per_class.unwrap_or(1);
-    let (seed, sampler, guidance) = (args.seed, args.sampler, args.guidance);
-    let request = Request { seed, first: 0, count, class, steps: Some(steps), sampler, guidance };
-    let evaluations = evaluations(&info, &request)?;
-    let output = Output::plan(&Wish {
+    let (requests, columns) = requests(args, &info)?;
+    let mut evaluated = 0;
+    for request in &requests {
+        evaluated += request.count as u64 * evaluations(&info, request)? as u64;
+    }
+    let count = requests.iter().map(|request| request.count).sum::<usize>();
+    let mut output = Output::plan(&Wish {
         path: &args.output,
-        grid: args.grid || per_class.is_some(),
+        format: args.format,
+        grid: args.grid || args.class.as_deref() == Some("all"),
         grid_named: args.grid,
-        columns: per_class.unwrap_or_else(|| (count as f64).sqrt().ceil() as usize),
+        columns: columns.unwrap_or_else(|| (count as f64).sqrt().ceil() as usize),
         count,
-        channels: info.image.channels,
+        shape: info.image_shape(),
         force: args.force,
     })?;
 
@@ -49,20 +50,57 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         eprintln!("not taken: {reason}");
     }
 
-    let progress = Progress::new((count * evaluations) as u64);
-    let result = model.generate(&request, &|n| progress.add(n));
+    let progress = Progress::new(evaluated);
+    let mut generate = || -> anyhow::Result<()> {
+        for part in requests.iter().flat_map(|request| parts(&info, request)) {
+            output.push(&model.generate(&part, &|n| progress.add(n))?)?;
+        }
+        Ok(())
+    };
+    let result = generate();
     let elapsed = progress.finish();
-    output.write(&result?)?;
+    result?;
+    let written = output.finish()?;
     let each = elapsed.as_secs_f64() * 1e3 / count as f64;
     let plural = |n: usize, word: &str| format!("{n} {word}{}", if n == 1 { "" } else { "s" });
     eprintln!(
-        "{} in {}: {each:.1} ms per image, {:.0} ms to load; wrote {}",
+        "{} in {}: {each:.1} ms per image, {:.0} ms to load; wrote {written}",
         plural(count, "image"),
-        plural(steps, "step"),
+        plural(steps(&info, args.steps)?, "step"),
         loaded.as_secs_f64() * 1e3,
-        output.name()
     );
     Ok(())
+}
+
+/// One request for each seed, and the columns of a sheet where they have a meaning: a class each, or an image of the
+/// same seed each.
+fn requests(args: &SampleArgs, info: &ModelInfo) -> anyhow::Result<(Vec<Request>, Option<usize>)> {
+    let steps = Some(steps(info, args.steps)?);
+    let (class, per_class) = class_of(args, info)?;
+    let count = (args.count as usize).checked_mul(per_class.unwrap_or(1));
+    let Some(count) = count else { bail!("got {} images per class, which is too many", args.count) };
+    let (first, sampler, guidance) = (0, args.sampler, args.guidance);
+    let of_seed = |seed: u32, interpolation| {
+        let request = Request::new(seed, count);
+        Request { first, class, steps, sampler, guidance, interpolation, ..request }
+    };
+    let Some(ends) = args.interpolate else {
+        let seeds = &args.seed.0;
+        if count.checked_mul(seeds.len()).is_none() {
+            bail!("got {} seeds with {count} images each, which is too many", seeds.len());
+        }
+        let row = (seeds.len() > 1 && count > 1).then_some(count);
+        let requests = seeds.iter().map(|seed| of_seed(*seed, None)).collect();
+        return Ok((requests, per_class.or(row)));
+    };
+    if per_class.is_some() {
+        bail!("got --interpolate with --class all, expected one class: `--class C`, or class 0 without it");
+    }
+    if count < 2 {
+        bail!("got {count} image to interpolate, expected at least 2\n\nhint: --count N, both ends included");
+    }
+    let interpolation = Interpolation { to: ends.to, frames: count as u64 };
+    Ok((vec![of_seed(ends.from, Some(interpolation))], None))
 }
 
 /// The class of the images and, for `all`, how many classes there are.
