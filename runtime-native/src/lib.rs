@@ -9,6 +9,7 @@ compile_error!("onnxruntime is either loaded or linked: enable the feature `ort-
 compile_error!("got the features `ort-load` and `ort-download`, expected one: add `--no-default-features`");
 
 pub mod batch;
+pub mod bench;
 pub mod file;
 pub mod generator;
 #[cfg(feature = "ort")]

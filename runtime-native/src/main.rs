@@ -47,6 +47,41 @@ enum Command {
     /// noise differs or a provider is beyond what is allowed: for f32 1e-4 in what the network predicts, for f16 and int8
     /// 2e-3 and 2e-2 of the root mean square.
     Verify(VerifyArgs),
+    /// Measure how fast a model runs here
+    ///
+    /// Network evaluations of every provider, number of threads and number of images, providers in turn; then whole
+    /// processes from their start to one picture on disk, with their memory.
+    Bench(BenchArgs),
+}
+
+#[derive(Args)]
+struct BenchArgs {
+    /// ONNX file [default: ./model.onnx, else the bundled model]
+    model: Option<PathBuf>,
+    /// What runs the network; several separated by commas [default: every usable provider]
+    #[arg(long, value_delimiter = ',', hide_possible_values = false, value_parser = provider())]
+    provider: Vec<Provider>,
+    /// Numbers of threads [default: 1, 2, 4, … and one per core]
+    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Vec<u16>,
+    /// Numbers of images per evaluation
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,16", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    batch: Vec<u16>,
+    /// Time for each number of threads and images; 5 rounds at least
+    #[arg(long, value_name = "S", default_value_t = 10.0)]
+    seconds: f64,
+    /// Processes per provider for the time from start to picture
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(0..=1000))]
+    starts: u16,
+    /// Evaluate once for every line on stdin and print the milliseconds, for comparing with other programs in turn
+    #[arg(long, conflicts_with = "json")]
+    on_request: bool,
+    /// The onnxruntime library to load [default: searched]
+    #[arg(long, value_name = "FILE")]
+    ort_lib: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -120,6 +155,9 @@ struct SampleArgs {
     /// Put all images on one sheet
     #[arg(long)]
     grid: bool,
+    /// Also write time and memory as JSON into a file; it is replaced
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// Replace existing files
     #[arg(long)]
     force: bool,
@@ -140,6 +178,7 @@ fn main() -> ExitCode {
         Some(Command::Info { model, json }) => cli::info(model.as_deref(), json).map(done),
         Some(Command::Providers { ort_lib, json }) => cli::providers(ort_lib, json).map(done),
         Some(Command::Verify(args)) => cli::verify(&args),
+        Some(Command::Bench(args)) => cli::bench(&args).map(done),
         None => cli::sample(&sample).map(done),
     })
 }

@@ -67,11 +67,10 @@ impl Tract {
         &self.pool
     }
 
-    /// Runs any number of images.
+    /// Runs any number of images, in parallel.
     pub fn run(&self, batch: &Batch) -> Result<Vec<f32>> {
-        batch.in_parts(self.batch, |part| {
-            guarded(|| self.evaluate(part)).map_err(|e| engine_error(&self.name, &e))
-        })
+        let run = |part: &Batch| guarded(|| self.evaluate(part)).map_err(|e| engine_error(&self.name, &e));
+        self.pool.install(|| batch.in_parallel_parts(self.batch, run))
     }
 
     fn evaluate(&self, batch: &Batch) -> TractResult<Vec<f32>> {

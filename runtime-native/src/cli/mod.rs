@@ -1,5 +1,6 @@
 //! The commands of `dmd-run`, and what they share: finding the model, exit codes.
 
+mod bench;
 mod describe;
 mod output;
 mod progress;
@@ -13,6 +14,7 @@ use std::process::ExitCode;
 
 use dmd_runtime_native::{BUNDLED, BUNDLED_NAME, ModelFile};
 
+pub use bench::bench;
 pub use describe::{info, providers};
 pub use output::Format;
 pub use sample::sample;
@@ -37,13 +39,13 @@ shows what was found.
 Exit code: 0 done, 1 `verify` found a difference, 2 wrong usage or input.";
 
 /// Opens the model that was named, else `./model.onnx`, else the bundled one.
-fn open_model(path: Option<&Path>) -> anyhow::Result<ModelFile> {
+fn open_model(path: Option<&Path>) -> dmd_runtime_native::Result<ModelFile> {
     let default = Path::new("model.onnx");
-    Ok(match path {
-        Some(path) => ModelFile::read(path)?,
-        None if default.exists() => ModelFile::read(default)?,
-        None => ModelFile::parse(BUNDLED_NAME, BUNDLED)?,
-    })
+    match path {
+        Some(path) => ModelFile::read(path),
+        None if default.exists() => ModelFile::read(default),
+        None => ModelFile::parse(BUNDLED_NAME, BUNDLED),
+    }
 }
 
 /// Prints an error; a reader that closed the pipe is none.

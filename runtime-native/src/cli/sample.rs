@@ -2,14 +2,38 @@
 
 use std::time::Instant;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
+use dmd_runtime_native::bench::peak_memory;
 use dmd_runtime_native::file::ModelInfo;
 use dmd_runtime_native::generator::{classes, evaluations, find_class, parts, steps};
 use dmd_runtime_native::{Class, Interpolation, Model, Options, Request};
 
+use serde::{Deserialize, Serialize};
+
 use super::output::{Output, Wish};
 use super::progress::Progress;
 use crate::SampleArgs;
+
+/// What `--report` writes.
+#[derive(Serialize, Deserialize)]
+pub struct Report {
+    /// The file as messages call it.
+    pub model: String,
+    /// The provider that ran it.
+    pub provider: String,
+    /// Its engine and version.
+    pub engine: String,
+    /// Number of images.
+    pub images: usize,
+    /// Steps per image.
+    pub steps: usize,
+    /// Time to read the file and load it into the engine.
+    pub load_ms: f64,
+    /// Time to generate, by the number of images.
+    pub ms_per_image: f64,
+    /// The most memory of this process, where the system says so.
+    pub peak_mib: Option<f64>,
+}
 
 /// Runs the command.
 pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
@@ -44,7 +68,7 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     };
     let mut model = Model::load(file, &options)?;
     let loaded = started.elapsed();
-    let choice = model.choice();
+    let choice = model.choice().clone();
     eprintln!("{} on {} ({})", info.name, choice.provider, choice.engine);
     for reason in &choice.passed_over {
         eprintln!("not taken: {reason}");
@@ -61,14 +85,28 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     let elapsed = progress.finish();
     result?;
     let written = output.finish()?;
-    let each = elapsed.as_secs_f64() * 1e3 / count as f64;
+    let report = Report {
+        model: info.name.clone(),
+        provider: choice.provider.name().to_owned(),
+        engine: choice.engine,
+        images: count,
+        steps: steps(&info, args.steps)?,
+        load_ms: loaded.as_secs_f64() * 1e3,
+        ms_per_image: elapsed.as_secs_f64() * 1e3 / count as f64,
+        peak_mib: peak_memory(),
+    };
     let plural = |n: usize, word: &str| format!("{n} {word}{}", if n == 1 { "" } else { "s" });
     eprintln!(
-        "{} in {}: {each:.1} ms per image, {:.0} ms to load; wrote {written}",
-        plural(count, "image"),
-        plural(steps(&info, args.steps)?, "step"),
-        loaded.as_secs_f64() * 1e3,
+        "{} in {}: {:.1} ms per image, {:.0} ms to load; wrote {written}",
+        plural(report.images, "image"),
+        plural(report.steps, "step"),
+        report.ms_per_image,
+        report.load_ms,
     );
+    if let Some(path) = &args.report {
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))?;
+    }
     Ok(())
 }
 
