@@ -27,13 +27,22 @@ pub fn providers(ort_lib: Option<PathBuf>, json: bool) -> anyhow::Result<()> {
     if json {
         return Ok(writeln!(out, "{}", serde_json::to_string_pretty(&list)?)?);
     }
+    writeln!(out, "{:<9} {:<9} {:<8} {:<7} engine", "provider", "compiled", "library", "usable")?;
     for status in list {
-        let state = match (status.usable, status.compiled) {
-            (true, _) => "usable",
-            (false, true) => "not usable",
-            (false, false) => "not compiled in",
+        let yes_no = |yes: bool| if yes { "yes" } else { "no" };
+        let library = match (&status.engine, status.in_library) {
+            (_, Some(there)) => yes_no(there),
+            (Some(_), None) => "none", // tract needs none
+            (None, None) => "missing",
         };
-        writeln!(out, "{:<9} {state:<16} {}", status.provider.name(), status.engine.unwrap_or_default())?;
+        writeln!(
+            out,
+            "{:<9} {:<9} {library:<8} {:<7} {}",
+            status.provider.name(),
+            yes_no(status.compiled),
+            yes_no(status.usable),
+            status.engine.unwrap_or_default()
+        )?;
         for (label, text) in [("reason", status.reason), ("remedy", status.remedy)] {
             if let Some(text) = text {
                 writeln!(out, "{:<9} {label}: {text}", "")?;
