@@ -55,7 +55,7 @@ fn by_engine(bytes: &[u8], n: usize, shape: &[usize], batch: &Batch) -> Result<V
 
 #[test]
 fn every_file_computes_what_tract_computes() -> Result<()> {
-    let options = Options { provider: Provider::Tract, threads: Some(1), ort_lib: None };
+    let options = Options { provider: Provider::Tract, threads: Some(1), ..Options::default() };
     let mut compared = 0;
     for mut network in networks()? {
         for kind in [Kind::Teacher, Kind::Generator] {

@@ -26,7 +26,7 @@ fn generator() -> Result<Checkpoint> {
 }
 
 fn load(bytes: &[u8], provider: Provider) -> Result<Generator> {
-    let options = Options { provider, threads: Some(2), ort_lib: None };
+    let options = Options { provider, threads: Some(2), ..Options::default() };
     Ok(Generator::load(ModelFile::parse("generator", bytes.to_vec())?, &options)?)
 }
 

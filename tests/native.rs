@@ -3,6 +3,7 @@
 //! Small models with a known answer come from models.rs; pictures are those of the bundled model.
 
 mod models;
+mod sampling;
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -33,7 +34,7 @@ fn options(provider: Provider, threads: usize) -> Result<Options> {
             "{LIBRARY} names no onnxruntime library\n\nhint: run scripts/test, which installs one and sets the variable"
         );
     }
-    Ok(Options { provider, threads: Some(threads), ort_lib: None })
+    Ok(Options { provider, threads: Some(threads), ..Options::default() })
 }
 
 fn bundled(provider: Provider, threads: usize) -> Result<Generator> {
@@ -232,7 +233,7 @@ fn a_request_that_cannot_be_met_is_refused_and_writes_nothing() -> Result<()> {
         (&["--count", "0"], "0 is not in 1..="),
         (&["--seed", "4294967296"], "4294967296"),
         (&["-o", "old.png"], "--force"),
-        (&["-o", "picture.jpg"], "expected a name ending in .png or .npy"),
+        (&["-o", "picture.jpg"], "expected a name ending in .png, .npy or .raw"),
         (&["-o", "array.npy", "--grid"], "--grid"),
         (&["-o", "missing/new.png"], "`missing`: it is not a directory"),
         (&["-o", "old.png/new.png"], "`old.png`: it is not a directory"),

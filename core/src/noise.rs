@@ -23,25 +23,26 @@ pub fn step_noise(seed: u32, image: u64, step: usize, out: &mut [f32]) {
     normal(&mut keyed(u64::from(seed), step as u64 + 1, image), out);
 }
 
-/// Fills `out` with the noise `share` of the way from `a` to `b` on the arc between them (spherical interpolation,
-/// Shoemake 1985): `(sin((1 − share)·w)·a + sin(share·w)·b)/sin w` with the angle `w` between `a` and `b`. Unlike a straight
-/// line it keeps the length, and so the statistics, of normal noise. All three have the same length; `share` is in [0, 1],
-/// where 0 gives `a` and 1 gives `b` to the bit.
-pub fn slerp(a: &[f32], b: &[f32], share: f32, out: &mut [f32]) {
+/// Fills `out` with the point at `t` in [0, 1] of the great arc from `a` (0) to `b` (1), the arc being that through
+/// their directions: `sin((1 − t)·ω)/sin ω·a + sin(t·ω)/sin ω·b` with `ω` the angle between them; f64 inside. Between two
+/// independent Gaussian images it keeps their length, which a straight line does not. Shoemake 1985 (SIGGRAPH), "Animating
+/// rotation with quaternion curves". Where the angle has no arc (parallel, opposite, zero) it is the straight line.
+///
+/// # Panics
+/// If the three differ in length.
+pub fn slerp(a: &[f32], b: &[f32], t: f64, out: &mut [f32]) {
+    assert!(a.len() == b.len() && a.len() == out.len(), "noise of different sizes");
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-    let share = f64::from(share);
     let cosine = dot(a, b) / libm::sqrt(dot(a, a) * dot(b, b));
     let angle = libm::acos(cosine.clamp(-1.0, 1.0));
     let sine = libm::sin(angle);
-    // Noise and its like, or its opposite, have no arc between them.
-    let (of_a, of_b) = match share {
-        0.0 => (1.0, 0.0),
-        1.0 => (0.0, 1.0),
-        _ if sine > 1e-6 => (libm::sin((1.0 - share) * angle) / sine, libm::sin(share * angle) / sine),
-        _ => (1.0 - share, share),
+    let (from, to) = if sine > 1e-6 {
+        (libm::sin((1.0 - t) * angle) / sine, libm::sin(t * angle) / sine)
+    } else {
+        (1.0 - t, t) // also where `sine` is NaN
     };
     for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
-        *out = (of_a * f64::from(*a) + of_b * f64::from(*b)) as f32;
+        *out = (from * f64::from(*a) + to * f64::from(*b)) as f32;
     }
 }
 
@@ -103,25 +104,27 @@ mod tests {
     }
 
     #[test]
-    fn an_arc_leads_from_one_noise_to_another_and_keeps_its_length() {
-        let (mut a, mut b, mut out) = (vec![0.0; 4096], vec![0.0; 4096], vec![0.0; 4096]);
+    fn an_arc_keeps_its_ends_and_the_length() {
+        let (mut a, mut b) = (vec![0.0; 3072], vec![0.0; 3072]);
         standard_normal(1, 0, &mut a);
         standard_normal(2, 0, &mut b);
-        slerp(&a, &b, 0.0, &mut out);
-        assert_eq!(out, a);
-        slerp(&a, &b, 1.0, &mut out);
-        assert_eq!(out, b);
-        let mut last = 1.0;
-        for share in [0.25, 0.5, 0.75] {
-            slerp(&a, &b, share, &mut out);
-            let variance = out.iter().map(|v| v * v).sum::<f32>() / 4096.0;
-            assert!((variance - 1.0).abs() < 0.05, "variance {variance} at {share}");
-            let like_a = out.iter().zip(&a).map(|(x, a)| x * a).sum::<f32>() / 4096.0;
-            assert!(like_a < last - 0.1, "{like_a} at {share}, {last} before");
-            last = like_a;
+        let at = |t: f64| {
+            let mut out = vec![0.0; a.len()];
+            slerp(&a, &b, t, &mut out);
+            out
+        };
+        assert_eq!((at(0.0), at(1.0)), (a.clone(), b.clone()));
+        let length = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        let (middle, ends) = (at(0.5), (length(&a) + length(&b)) / 2.0);
+        assert!((length(&middle) / ends - 1.0).abs() < 0.01, "{} and {ends}", length(&middle));
+        // a quarter turn: the middle of (1, 0) and (0, 1) is (√½, √½)
+        let mut quarter = [0.0; 2];
+        slerp(&[1.0, 0.0], &[0.0, 1.0], 0.5, &mut quarter);
+        assert_eq!(quarter, [std::f32::consts::FRAC_1_SQRT_2; 2]);
+        for other in [[2.0, 0.0], [-1.0, 0.0], [0.0, 0.0]] {
+            slerp(&[1.0, 0.0], &other, 0.5, &mut quarter);
+            assert_eq!(quarter, [(1.0 + other[0]) / 2.0, 0.0]);
         }
-        slerp(&a, &a, 0.3, &mut out);
-        assert!(out.iter().zip(&a).all(|(x, a)| (x - a).abs() < 1e-6));
     }
 
     #[test]

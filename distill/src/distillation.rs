@@ -176,7 +176,7 @@ impl<'a> Distillation<'a> {
     /// Starts the generator's optimiser anew, with its warm-up: the moments of regression alone are of gradients so small
     /// that the first ones of distribution matching would throw the weights far off.
     pub fn forget_moments(&mut self) -> Result<()> {
-        let config = AdamWConfig { lr: self.options.lr, ..self.generator_optimiser.config.clone() };
+        let config = AdamWConfig { lr: self.options.lr, ..self.generator_optimiser.config };
         self.generator_optimiser = AdamW::new(config, self.generator.variables())?;
         Ok(())
     }

@@ -17,6 +17,7 @@ pub struct Batch<'a> {
 
 impl Batch<'_> {
     /// Runs the images `size` at a time. The last part is filled up with the first image, and its result cut.
+    #[cfg(any(feature = "ort", test))]
     pub(crate) fn in_parts(
         &self,
         size: usize,
@@ -27,13 +28,38 @@ impl Batch<'_> {
         }
         let mut all = Vec::with_capacity(self.x.len());
         for start in (0..self.n).step_by(size) {
-            let x = filled(self.x, self.n, start, size);
-            let (t, class) = (filled(self.t, self.n, start, size), filled(self.class, self.n, start, size));
-            let part = run(&Batch { n: size, x: &x, t: &t, class: &class })?;
-            let wanted = part.len() / size * size.min(self.n - start);
-            all.extend_from_slice(&part[..wanted]);
+            all.extend(self.part(start, size, &mut run)?);
         }
         Ok(all)
+    }
+
+    /// The same, all parts at once on the threads of the current pool.
+    #[cfg(feature = "tract")]
+    pub(crate) fn in_parallel_parts(
+        &self,
+        size: usize,
+        run: impl Fn(&Batch) -> Result<Vec<f32>> + Sync,
+    ) -> Result<Vec<f32>> {
+        use rayon::prelude::*;
+        if self.n == size {
+            return run(self);
+        }
+        let starts: Vec<usize> = (0..self.n).step_by(size).collect();
+        let parts = starts.par_iter().with_max_len(1).map(|start| self.part(*start, size, &mut |b| run(b)));
+        Ok(parts.collect::<Result<Vec<_>>>()?.concat())
+    }
+
+    fn part(
+        &self,
+        start: usize,
+        size: usize,
+        run: &mut impl FnMut(&Batch) -> Result<Vec<f32>>,
+    ) -> Result<Vec<f32>> {
+        let x = filled(self.x, self.n, start, size);
+        let (t, class) = (filled(self.t, self.n, start, size), filled(self.class, self.n, start, size));
+        let mut part = run(&Batch { n: size, x: &x, t: &t, class: &class })?;
+        part.truncate(part.len() / size * size.min(self.n - start));
+        Ok(part)
     }
 }
 
@@ -60,6 +86,8 @@ mod tests {
                 Ok(part.x.to_vec())
             });
             assert_eq!(got.unwrap(), x);
+            #[cfg(feature = "tract")]
+            assert_eq!(batch.in_parallel_parts(size, |part| Ok(part.x.to_vec())).unwrap(), x);
             let filling = seen.split_off(5);
             assert_eq!((seen.as_slice(), filling), (batch.class, vec![5; 5usize.next_multiple_of(size) - 5]));
         }

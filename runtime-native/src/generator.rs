@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use dmd_core::card::{Classes, Kind};
-use dmd_core::noise::{standard_normal, step_noise};
+use dmd_core::noise::{slerp, standard_normal, step_noise};
 use dmd_core::pixels::{Image, to_image};
 use dmd_core::sampler::{Sampler, Trajectory};
 use dmd_core::schedule::Schedule;
@@ -19,12 +19,15 @@ use crate::{Error, Result};
 /// Steps of a teacher where none are asked.
 pub const TEACHER_STEPS: usize = 50;
 
+/// Bytes of images that [`parts`] puts into one request.
+const PART_BYTES: usize = 16 << 20;
+
 /// Pixels (rows times columns) that one onnxruntime batch holds at most; a batch is 1 to 64 images.
 #[cfg(feature = "ort")]
 const BATCH_PIXELS: usize = 64 * 32 * 32;
 
 /// How to run a model.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Options {
     /// What runs the network.
     pub provider: Provider,
@@ -32,6 +35,8 @@ pub struct Options {
     pub threads: Option<usize>,
     /// The onnxruntime library to load; `None` searches, see [`crate::library`].
     pub ort_lib: Option<PathBuf>,
+    /// Folder where TensorRT keeps the engines it builds; `None` is `dmd/tensorrt` in the user's cache folder.
+    pub trt_cache: Option<PathBuf>,
 }
 
 /// What to generate: images `first .. first + count` of a seed.
@@ -52,12 +57,24 @@ pub struct Request {
     /// Classifier-free guidance of a teacher: `none + guidance·(class − none)` of its predictions; 1 is the class
     /// alone. Ho and Salimans 2022 (arXiv:2207.12598), Eq. 6 with `guidance = 1 + w`.
     pub guidance: f64,
+    /// Noise between that of two seeds instead of the seed's images.
+    pub interpolation: Option<Interpolation>,
+}
+
+/// Noise on the great arc from image 0 of the request's seed to image 0 of another seed, see [`slerp`]: image `k` of
+/// the request lies at `k / (frames - 1)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interpolation {
+    /// Seed at the far end.
+    pub to: u32,
+    /// Images from one end to the other with both, at least 2.
+    pub frames: u64,
 }
 
 /// Which class each image has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// Image `k` has class `k mod count`, or none in a model without classes.
+    /// Image `k` has class `k mod count`, or none in a model without classes. In an interpolation all have class 0.
     Cycle,
     /// All images have this one.
     One(usize),
@@ -93,14 +110,7 @@ impl Request {
     /// Images `0..count` of a seed, in turn of every class, by the model's usual number of DDIM steps without guidance.
     pub fn new(seed: u32, count: usize) -> Self {
         let (class, sampler) = (Class::Cycle, Sampler::Ddim);
-        Self { seed, first: 0, count, class, steps: None, sampler, guidance: 1.0 }
-    }
-}
-
-impl Default for Options {
-    /// The best provider there is, on all cores.
-    fn default() -> Self {
-        Self { provider: Provider::Auto, threads: None, ort_lib: None }
+        Self { seed, first: 0, count, class, steps: None, sampler, guidance: 1.0, interpolation: None }
     }
 }
 
@@ -205,6 +215,18 @@ impl Generator {
     }
 }
 
+/// Splits a request into such that fit into memory one after the other; the images are the same.
+pub fn parts<'a>(info: &ModelInfo, request: &'a Request) -> impl Iterator<Item = Request> + use<'a> {
+    let per_part = (PART_BYTES / size_of::<f32>() / info.image_len()).clamp(1, 1 << 12);
+    let batch = info.batch.unwrap_or(64);
+    let per_part = per_part.next_multiple_of(batch);
+    (0..request.count).step_by(per_part).map(move |start| Request {
+        first: request.first + start as u64,
+        count: per_part.min(request.count - start),
+        ..request.clone()
+    })
+}
+
 /// Checks a step count against the kind of the model; returns the one to take.
 pub fn steps(info: &ModelInfo, asked: Option<usize>) -> Result<usize> {
     let total = info.card.as_ref().map_or(1, |c| c.schedule.num_train_timesteps);
@@ -299,6 +321,15 @@ impl<'a> Plan<'a> {
             )));
         }
         let none = none.filter(|_| guided).map(|none| none as i64);
+        if let Some(Interpolation { frames, .. }) = request.interpolation
+            && (frames < 2 || request.first + request.count as u64 > frames)
+        {
+            return Err(Error::Request(format!(
+                "got images {} to {} of an interpolation of {frames}, expected at least 2 images and none beyond the last",
+                request.first,
+                request.first + request.count as u64 - 1
+            )));
+        }
         match (info.takes_class(), classes(info), request.class) {
             (true, None, Class::Cycle) => {
                 return Err(Error::Request(format!(
@@ -333,7 +364,7 @@ impl<'a> Plan<'a> {
         let first = self.request.first + start as u64;
         let class: Vec<i64> = (first..).take(n).map(|k| self.class_of(k) as i64).collect();
         for (k, z) in (first..).zip(x.chunks_mut(self.info.image_len())) {
-            standard_normal(self.request.seed, k, z);
+            self.noise(k, z);
         }
         let Some(path) = &self.path else {
             let x_gen = self.checked(run(&Batch { n, x, t: &[], class: &class })?, x.len(), first)?;
@@ -355,15 +386,29 @@ impl<'a> Plan<'a> {
         };
         let noise = |step: usize, out: &mut [f32]| {
             for (k, out) in (first..).zip(out.chunks_mut(self.info.image_len())) {
+                // the frames of an interpolation share this noise, or they would not follow each other
+                let k = if self.request.interpolation.is_some() { 0 } else { k };
                 step_noise(self.request.seed, k, step, out);
             }
         };
         path.run(x, predict, noise)
     }
 
+    /// The noise that image `k` starts from.
+    fn noise(&self, k: u64, z: &mut [f32]) {
+        let Some(Interpolation { to, frames }) = self.request.interpolation else {
+            return standard_normal(self.request.seed, k, z);
+        };
+        let (mut a, mut b) = (vec![0.0; z.len()], vec![0.0; z.len()]);
+        standard_normal(self.request.seed, 0, &mut a);
+        standard_normal(to, 0, &mut b);
+        slerp(&a, &b, k as f64 / (frames - 1) as f64, z);
+    }
+
     fn class_of(&self, k: u64) -> usize {
         match self.request.class {
             Class::One(class) => class,
+            Class::Cycle if self.request.interpolation.is_some() => 0,
             Class::Cycle => classes(self.info).map_or(0, |c| c.of_image(k)),
         }
     }

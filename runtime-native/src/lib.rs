@@ -15,23 +15,36 @@
 //! ```
 
 #[cfg(not(any(feature = "ort", feature = "tract")))]
-compile_error!("a build needs an engine: enable the feature `ort` or `tract`");
+compile_error!("a build needs an engine: enable the feature `ort-load`, `ort-download` or `tract`");
+#[cfg(all(feature = "ort", not(any(feature = "ort-load", feature = "ort-download"))))]
+compile_error!("onnxruntime is either loaded or linked: enable the feature `ort-load` or `ort-download`");
+#[cfg(all(feature = "ort-load", feature = "ort-download"))]
+compile_error!("got the features `ort-load` and `ort-download`, expected one: add `--no-default-features`");
 
 pub mod batch;
+pub mod bench;
 pub mod file;
 pub mod generator;
 #[cfg(feature = "ort")]
 pub mod library;
 pub mod providers;
+#[cfg(feature = "ort-load")]
+pub mod search;
 pub mod verify;
 
 mod checks;
+#[cfg(feature = "ort")]
+mod devices;
 mod error;
 mod external;
 #[cfg(feature = "tract")]
 mod memory;
 #[cfg(feature = "ort")]
 mod ort;
+#[cfg(feature = "ort-load")]
+mod plugins;
+#[cfg(feature = "ort")]
+mod remedies;
 #[cfg(feature = "tract")]
 mod tract;
 
@@ -39,7 +52,7 @@ pub use batch::Batch;
 pub use dmd_core::sampler::Sampler;
 pub use error::{Error, Result};
 pub use file::{ModelFile, ModelInfo};
-pub use generator::{Class, Generator, Images, Options, Request};
+pub use generator::{Class, Generator, Images, Interpolation, Options, Request};
 pub use providers::Provider;
 
 /// The model that comes with this crate: a class-conditional one-step generator.

@@ -7,15 +7,15 @@ use serde::Serialize;
 
 use crate::file::ModelFile;
 use crate::generator::{Engine, Options};
-#[cfg(feature = "ort")]
-use crate::ort::probe;
 use crate::{Error, Result};
 
 /// What runs the network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Provider {
-    /// `cuda` if usable, else `cpu` if an onnxruntime library is found, else `tract`.
+    /// `cuda` if usable, else `cpu` if an onnxruntime library is found, else `tract`: the fastest of those that compute
+    /// in f32 throughout, without building an engine first. The others are taken where they are named.
+    #[default]
     Auto,
     /// The engine compiled into this crate.
     Tract,
@@ -25,6 +25,16 @@ pub enum Provider {
     Cuda,
     /// onnxruntime through TensorRT, with CUDA for the operators it does not take.
     Tensorrt,
+    /// onnxruntime through Apple's CoreML.
+    Coreml,
+    /// onnxruntime through DirectML, on any GPU of Windows.
+    Directml,
+    /// onnxruntime through Intel's OpenVINO.
+    Openvino,
+    /// onnxruntime through XNNPACK, on the CPU.
+    Xnnpack,
+    /// onnxruntime through WebGPU: Vulkan, Metal or Direct3D.
+    Webgpu,
 }
 
 /// The provider that was taken.
@@ -43,10 +53,12 @@ pub struct Choice {
 pub struct Status {
     /// The provider.
     pub provider: Provider,
-    /// Whether this build knows it.
+    /// Whether this build of the program knows it.
     pub compiled: bool,
-    /// The engine and its version, with the library's path if it is one.
+    /// The engine and its version, with the library's path if it is one; none if no library was found.
     pub engine: Option<String>,
+    /// Whether that library was built with the provider, or has it as a plugin.
+    pub in_library: Option<bool>,
     /// Whether a model would run on it now.
     pub usable: bool,
     /// Why not.
@@ -57,9 +69,20 @@ pub struct Status {
 
 impl Provider {
     /// The names, in the order of the enum.
-    pub const NAMES: [&str; 5] = ["auto", "tract", "cpu", "cuda", "tensorrt"];
+    pub const NAMES: [&str; 10] =
+        ["auto", "tract", "cpu", "cuda", "tensorrt", "coreml", "directml", "openvino", "xnnpack", "webgpu"];
     /// The real ones.
-    pub const ALL: [Self; 4] = [Self::Tract, Self::Cpu, Self::Cuda, Self::Tensorrt];
+    pub const ALL: [Self; 9] = [
+        Self::Tract,
+        Self::Cpu,
+        Self::Cuda,
+        Self::Tensorrt,
+        Self::Coreml,
+        Self::Directml,
+        Self::Openvino,
+        Self::Xnnpack,
+        Self::Webgpu,
+    ];
 
     /// Its name on the command line.
     pub fn name(self) -> &'static str {
@@ -71,7 +94,8 @@ impl Provider {
         match self {
             Self::Auto => true,
             Self::Tract => cfg!(feature = "tract"),
-            Self::Cpu | Self::Cuda | Self::Tensorrt => cfg!(feature = "ort"),
+            Self::Cpu => cfg!(feature = "ort"),
+            _ => cfg!(feature = "ort-load"),
         }
     }
 }
@@ -86,8 +110,8 @@ impl FromStr for Provider {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let all = [Self::Auto, Self::Tract, Self::Cpu, Self::Cuda, Self::Tensorrt];
-        all.into_iter().find(|p| p.name() == text).ok_or_else(|| {
+        let mut all = std::iter::once(Self::Auto).chain(Self::ALL);
+        all.find(|p| p.name() == text).ok_or_else(|| {
             Error::Request(format!("got provider `{text}`, expected one of {}", Self::NAMES.join(", ")))
         })
     }
@@ -95,48 +119,47 @@ impl FromStr for Provider {
 
 /// Asks every provider whether a model would run on it now.
 pub fn list(options: &Options) -> Vec<Status> {
-    Provider::ALL
-        .into_iter()
-        .map(|provider| {
-            let compiled = provider.compiled();
-            match usable(provider, options) {
-                Ok(engine) => Status {
-                    provider,
-                    compiled,
-                    engine: Some(engine),
-                    usable: true,
-                    reason: None,
-                    remedy: None,
-                },
-                Err((engine, error)) => {
-                    let (reason, remedy) = match error {
-                        Error::Provider { reason, remedy, .. } => (reason, Some(remedy)),
-                        other => (other.to_string(), None),
-                    };
-                    Status { provider, compiled, engine, usable: false, reason: Some(reason), remedy }
-                }
-            }
-        })
-        .collect()
+    Provider::ALL.into_iter().map(|provider| status(provider, options)).collect()
 }
 
-fn usable(provider: Provider, options: &Options) -> Result<String, (Option<String>, Error)> {
-    if !provider.compiled() {
-        return Err((None, not_compiled(provider)));
-    }
-    if provider == Provider::Tract {
-        return Ok(tract_name());
-    }
-    probe(provider, options)
+fn status(provider: Provider, options: &Options) -> Status {
+    let compiled = provider.compiled();
+    let (engine, in_library, result) = match provider {
+        _ if !compiled => (None, None, Err(not_compiled(provider))),
+        Provider::Tract => (Some(tract_name()), None, Ok(())),
+        _ => probe(provider, options),
+    };
+    let (reason, remedy) = match result {
+        Ok(()) => (None, None),
+        Err(Error::Provider { reason, remedy, .. }) => (Some(reason), Some(remedy)),
+        Err(other) => (Some(other.to_string()), None),
+    };
+    Status { provider, compiled, engine, in_library, usable: reason.is_none(), reason, remedy }
+}
+
+#[cfg(feature = "ort")]
+fn probe(provider: Provider, options: &Options) -> (Option<String>, Option<bool>, Result<()>) {
+    let library = match crate::library::load(options.ort_lib.as_deref()) {
+        Ok(library) => library,
+        Err(missing) => return (None, None, Err(missing.for_provider(provider))),
+    };
+    let in_library = crate::devices::in_library(provider, &library).is_ok();
+    (Some(library.name()), Some(in_library), crate::devices::probe(provider, options))
 }
 
 #[cfg(not(feature = "ort"))]
-fn probe(provider: Provider, _: &Options) -> Result<String, (Option<String>, Error)> {
-    Err((None, not_compiled(provider)))
+fn probe(provider: Provider, _: &Options) -> (Option<String>, Option<bool>, Result<()>) {
+    (None, None, Err(not_compiled(provider)))
 }
 
 /// Loads the model into the engine that `options` ask for.
 pub(crate) fn open(file: &ModelFile, options: &Options) -> Result<(Engine, Choice)> {
+    if options.trt_cache.is_some() && options.provider != Provider::Tensorrt {
+        return Err(Error::Request(format!(
+            "got a folder for TensorRT's engines, but the provider `{}`, expected `tensorrt`",
+            options.provider
+        )));
+    }
     if options.ort_lib.is_some() && options.provider == Provider::Tract {
         return Err(Error::Request(
             "got an onnxruntime library for the provider `tract`, which uses none".to_owned(),
@@ -157,10 +180,8 @@ fn open_auto(file: &ModelFile, options: &Options) -> Result<(Engine, Choice)> {
 fn open_auto(file: &ModelFile, options: &Options) -> Result<(Engine, Choice)> {
     let mut passed_over = Vec::new();
     match crate::library::load(options.ort_lib.as_deref()) {
-        Ok(_) => {
-            if let Err(reason) = crate::ort::compiled_in(Provider::Cuda) {
-                passed_over.push(format!("cuda: {reason}"));
-            } else {
+        Ok(library) => {
+            if Provider::Cuda.compiled() && crate::devices::in_library(Provider::Cuda, &library).is_ok() {
                 match open_named(Provider::Cuda, file, options) {
                     Err(Error::Provider { reason, .. }) => passed_over.push(format!("cuda: {reason}")),
                     other => return other,
@@ -186,20 +207,31 @@ fn open_named(provider: Provider, file: &ModelFile, options: &Options) -> Result
             Ok((Engine::Tract(engine), Choice { provider, engine: tract_name(), passed_over: Vec::new() }))
         }
         #[cfg(feature = "ort")]
-        Provider::Cpu | Provider::Cuda | Provider::Tensorrt => {
-            let (engine, name) = crate::ort::Ort::open(provider, file, options)?;
-            Ok((Engine::Ort(engine.into()), Choice { provider, engine: name, passed_over: Vec::new() }))
-        }
+        Provider::Cpu => open_ort(provider, file, options),
+        #[cfg(feature = "ort-load")]
+        Provider::Cuda
+        | Provider::Tensorrt
+        | Provider::Coreml
+        | Provider::Directml
+        | Provider::Openvino
+        | Provider::Xnnpack
+        | Provider::Webgpu => open_ort(provider, file, options),
         _ => Err(not_compiled(provider)),
     }
 }
 
+#[cfg(feature = "ort")]
+fn open_ort(provider: Provider, file: &ModelFile, options: &Options) -> Result<(Engine, Choice)> {
+    let (engine, name) = crate::ort::Ort::open(provider, file, options)?;
+    Ok((Engine::Ort(engine.into()), Choice { provider, engine: name, passed_over: Vec::new() }))
+}
+
 fn not_compiled(provider: Provider) -> Error {
-    let feature = if provider == Provider::Tract { "tract" } else { "ort" };
+    let feature = if provider == Provider::Tract { "tract" } else { "ort-load" };
     Error::Provider {
         provider,
         reason: format!("this build lacks the cargo feature `{feature}`"),
-        remedy: format!("build dmd-run with `--features {feature}`"),
+        remedy: format!("build dmd-run with its default features, or with `--features {feature}`"),
     }
 }
 

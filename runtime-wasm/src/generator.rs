@@ -135,7 +135,7 @@ impl Generator {
             }
             let (from, mut to) = (z.clone(), vec![0.0; z.len()]);
             standard_normal(seed, image, &mut to);
-            slerp(&from, &to, share, &mut z);
+            slerp(&from, &to, f64::from(share), &mut z);
         }
         Ok(z)
     }

@@ -217,6 +217,7 @@ unsafe fn options(
         provider: provider.map_err(|e| Failure::new(DmdStatus::InvalidText, format!("{e}")))?,
         threads: (threads > 0).then_some(threads),
         ort_lib: ort_lib.map(Into::into),
+        ..Options::default()
     })
 }
 

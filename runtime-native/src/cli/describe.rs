@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use dmd_core::card::Kind;
 use dmd_runtime_native::file::Port;
-use dmd_runtime_native::{ModelInfo, Options, Provider, providers as all};
+use dmd_runtime_native::{ModelInfo, Options, providers as all};
 
 /// Prints what a model file says about itself.
 pub fn info(model: Option<&Path>, json: bool) -> anyhow::Result<()> {
@@ -22,18 +22,27 @@ pub fn info(model: Option<&Path>, json: bool) -> anyhow::Result<()> {
 
 /// Prints which providers can be had and why the rest cannot.
 pub fn providers(ort_lib: Option<PathBuf>, json: bool) -> anyhow::Result<()> {
-    let list = all::list(&Options { provider: Provider::Auto, threads: None, ort_lib });
+    let list = all::list(&Options { ort_lib, ..Options::default() });
     let mut out = std::io::stdout().lock();
     if json {
         return Ok(writeln!(out, "{}", serde_json::to_string_pretty(&list)?)?);
     }
+    writeln!(out, "{:<9} {:<9} {:<8} {:<7} engine", "provider", "compiled", "library", "usable")?;
     for status in list {
-        let state = match (status.usable, status.compiled) {
-            (true, _) => "usable",
-            (false, true) => "not usable",
-            (false, false) => "not compiled in",
+        let yes_no = |yes: bool| if yes { "yes" } else { "no" };
+        let library = match (&status.engine, status.in_library) {
+            (_, Some(there)) => yes_no(there),
+            (Some(_), None) => "none", // tract needs none
+            (None, None) => "missing",
         };
-        writeln!(out, "{:<9} {state:<16} {}", status.provider.name(), status.engine.unwrap_or_default())?;
+        writeln!(
+            out,
+            "{:<9} {:<9} {library:<8} {:<7} {}",
+            status.provider.name(),
+            yes_no(status.compiled),
+            yes_no(status.usable),
+            status.engine.unwrap_or_default()
+        )?;
         for (label, text) in [("reason", status.reason), ("remedy", status.remedy)] {
             if let Some(text) = text {
                 writeln!(out, "{:<9} {label}: {text}", "")?;

@@ -1,9 +1,11 @@
 //! The commands of `dmd-run`, and what they share: finding the model, exit codes.
 
+mod bench;
 mod describe;
 mod output;
 mod progress;
 mod sample;
+mod seeds;
 mod verify;
 
 use std::io::ErrorKind;
@@ -12,8 +14,11 @@ use std::process::ExitCode;
 
 use dmd_runtime_native::{BUNDLED, BUNDLED_NAME, ModelFile};
 
+pub use bench::bench;
 pub use describe::{info, providers};
+pub use output::Format;
 pub use sample::sample;
+pub use seeds::{Ends, Seeds};
 pub use verify::verify;
 
 /// What `--help` says after the options.
@@ -22,7 +27,9 @@ Output:
   NAME.png  One image. Several become NAME-0000.png, NAME-0001.png, …, or one
             sheet NAME.png with --grid or --class all.
   NAME.npy  All images as one array, f32 [n, c, h, w], in the model's range.
-  -         One PNG on stdout, a sheet if there are several images.
+  NAME.raw  All images as bytes: rows from the top, channels interleaved.
+  -         Stdout: one PNG, a sheet if there are several images; with
+            --format npy or raw what is said above.
 
 onnxruntime is loaded from the file that --ort-lib or ORT_DYLIB_PATH names,
 else from the first of: the folder of this program, ./lib, the active Python
@@ -32,13 +39,13 @@ shows what was found.
 Exit code: 0 done, 1 `verify` found a difference, 2 wrong usage or input.";
 
 /// Opens the model that was named, else `./model.onnx`, else the bundled one.
-fn open_model(path: Option<&Path>) -> anyhow::Result<ModelFile> {
+fn open_model(path: Option<&Path>) -> dmd_runtime_native::Result<ModelFile> {
     let default = Path::new("model.onnx");
-    Ok(match path {
-        Some(path) => ModelFile::read(path)?,
-        None if default.exists() => ModelFile::read(default)?,
-        None => ModelFile::parse(BUNDLED_NAME, BUNDLED)?,
-    })
+    match path {
+        Some(path) => ModelFile::read(path),
+        None if default.exists() => ModelFile::read(default),
+        None => ModelFile::parse(BUNDLED_NAME, BUNDLED),
+    }
 }
 
 /// Prints an error; a reader that closed the pipe is none.

@@ -2,14 +2,38 @@
 
 use std::time::Instant;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
+use dmd_runtime_native::bench::peak_memory;
 use dmd_runtime_native::file::ModelInfo;
-use dmd_runtime_native::generator::{classes, evaluations, find_class, steps};
-use dmd_runtime_native::{Class, Generator, Options, Request};
+use dmd_runtime_native::generator::{classes, evaluations, find_class, parts, steps};
+use dmd_runtime_native::{Class, Generator, Interpolation, Options, Request};
+
+use serde::{Deserialize, Serialize};
 
 use super::output::{Output, Wish};
 use super::progress::Progress;
 use crate::SampleArgs;
+
+/// What `--report` writes.
+#[derive(Serialize, Deserialize)]
+pub struct Report {
+    /// The file as messages call it.
+    pub model: String,
+    /// The provider that ran it.
+    pub provider: String,
+    /// Its engine and version.
+    pub engine: String,
+    /// Number of images.
+    pub images: usize,
+    /// Steps per image.
+    pub steps: usize,
+    /// Time to read the file and load it into the engine.
+    pub load_ms: f64,
+    /// Time to generate, by the number of images.
+    pub ms_per_image: f64,
+    /// The most memory of this process, where the system says so.
+    pub peak_mib: Option<f64>,
+}
 
 /// Runs the command.
 pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
@@ -19,19 +43,20 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     if info.card.is_none() {
         eprintln!("warning: {} has no model card: values in [-1, 1] are assumed", info.name);
     }
-    let steps = steps(&info, args.steps)?;
-    let (class, per_class) = class_of(args, &info)?;
-    let count = args.count as usize * per_class.unwrap_or(1);
-    let (seed, sampler, guidance) = (args.seed, args.sampler, args.guidance);
-    let request = Request { seed, first: 0, count, class, steps: Some(steps), sampler, guidance };
-    let evaluations = evaluations(&info, &request)?;
-    let output = Output::plan(&Wish {
+    let (requests, columns) = requests(args, &info)?;
+    let mut evaluated = 0;
+    for request in &requests {
+        evaluated += request.count as u64 * evaluations(&info, request)? as u64;
+    }
+    let count = requests.iter().map(|request| request.count).sum::<usize>();
+    let mut output = Output::plan(&Wish {
         path: &args.output,
-        grid: args.grid || per_class.is_some(),
+        format: args.format,
+        grid: args.grid || args.class.as_deref() == Some("all"),
         grid_named: args.grid,
-        columns: per_class.unwrap_or_else(|| (count as f64).sqrt().ceil() as usize),
+        columns: columns.unwrap_or_else(|| (count as f64).sqrt().ceil() as usize),
         count,
-        channels: info.image.channels,
+        shape: info.image_shape(),
         force: args.force,
     })?;
 
@@ -39,29 +64,81 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         provider: args.provider,
         threads: args.threads.map(usize::from),
         ort_lib: args.ort_lib.clone(),
+        trt_cache: args.trt_cache.clone(),
     };
     let model = Generator::load(file, &options)?;
     let loaded = started.elapsed();
-    let choice = model.choice();
+    let choice = model.choice().clone();
     eprintln!("{} on {} ({})", info.name, choice.provider, choice.engine);
     for reason in &choice.passed_over {
         eprintln!("not taken: {reason}");
     }
 
-    let progress = Progress::new((count * evaluations) as u64);
-    let result = model.sample(&request, &|n| progress.add(n));
+    let progress = Progress::new(evaluated);
+    let mut generate = || -> anyhow::Result<()> {
+        for part in requests.iter().flat_map(|request| parts(&info, request)) {
+            output.push(&model.sample(&part, &|n| progress.add(n))?)?;
+        }
+        Ok(())
+    };
+    let result = generate();
     let elapsed = progress.finish();
-    output.write(&result?)?;
-    let each = elapsed.as_secs_f64() * 1e3 / count as f64;
+    result?;
+    let written = output.finish()?;
+    let report = Report {
+        model: info.name.clone(),
+        provider: choice.provider.name().to_owned(),
+        engine: choice.engine,
+        images: count,
+        steps: steps(&info, args.steps)?,
+        load_ms: loaded.as_secs_f64() * 1e3,
+        ms_per_image: elapsed.as_secs_f64() * 1e3 / count as f64,
+        peak_mib: peak_memory(),
+    };
     let plural = |n: usize, word: &str| format!("{n} {word}{}", if n == 1 { "" } else { "s" });
     eprintln!(
-        "{} in {}: {each:.1} ms per image, {:.0} ms to load; wrote {}",
-        plural(count, "image"),
-        plural(steps, "step"),
-        loaded.as_secs_f64() * 1e3,
-        output.name()
+        "{} in {}: {:.1} ms per image, {:.0} ms to load; wrote {written}",
+        plural(report.images, "image"),
+        plural(report.steps, "step"),
+        report.ms_per_image,
+        report.load_ms,
     );
+    if let Some(path) = &args.report {
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))?;
+    }
     Ok(())
+}
+
+/// One request for each seed, and the columns of a sheet where they have a meaning: a class each, or an image of the
+/// same seed each.
+fn requests(args: &SampleArgs, info: &ModelInfo) -> anyhow::Result<(Vec<Request>, Option<usize>)> {
+    let steps = Some(steps(info, args.steps)?);
+    let (class, per_class) = class_of(args, info)?;
+    let count = (args.count as usize).checked_mul(per_class.unwrap_or(1));
+    let Some(count) = count else { bail!("got {} images per class, which is too many", args.count) };
+    let (first, sampler, guidance) = (0, args.sampler, args.guidance);
+    let of_seed = |seed: u32, interpolation| {
+        let request = Request::new(seed, count);
+        Request { first, class, steps, sampler, guidance, interpolation, ..request }
+    };
+    let Some(ends) = args.interpolate else {
+        let seeds = &args.seed.0;
+        if count.checked_mul(seeds.len()).is_none() {
+            bail!("got {} seeds with {count} images each, which is too many", seeds.len());
+        }
+        let row = (seeds.len() > 1 && count > 1).then_some(count);
+        let requests = seeds.iter().map(|seed| of_seed(*seed, None)).collect();
+        return Ok((requests, per_class.or(row)));
+    };
+    if per_class.is_some() {
+        bail!("got --interpolate with --class all, expected one class: `--class C`, or class 0 without it");
+    }
+    if count < 2 {
+        bail!("got {count} image to interpolate, expected at least 2\n\nhint: --count N, both ends included");
+    }
+    let interpolation = Interpolation { to: ends.to, frames: count as u64 };
+    Ok((vec![of_seed(ends.from, Some(interpolation))], None))
 }
 
 /// The class of the images and, for `all`, how many classes there are.

@@ -27,6 +27,7 @@ pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         provider: args.provider.unwrap_or(Provider::Auto),
         threads: args.threads.map(usize::from),
         ort_lib: args.ort_lib.clone(),
+        trt_cache: None,
     };
     let wanted: Vec<Provider> = match args.provider {
         Some(provider) => vec![provider],
