@@ -67,7 +67,7 @@ fn run_model(model: InferenceModel, inputs: Vec<TVec<TValue>>) -> Result<Vec<Vec
 /// Runs a generator's file by onnxruntime on batches of noise and classes, which it may not take.
 fn by_onnxruntime(bytes: &[u8], batches: &[(&Array, &[usize])]) -> Result<Vec<Vec<f32>>> {
     let options = Options { provider: Provider::Cpu, threads: Some(1), ..Options::default() };
-    let mut model =
+    let model =
         dmd_runtime_native::Generator::load(ModelFile::parse("generator", bytes.to_vec())?, &options)?;
     let run = |(z, class): &(&Array, &[usize])| {
         let (n, class) = (class.len(), class.iter().map(|c| *c as i64).collect::<Vec<_>>());

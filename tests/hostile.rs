@@ -19,7 +19,7 @@ use crate::models::{card_json, identity, model, node, port, teacher};
 
 /// Draws one image if it can be had; the error otherwise.
 fn attempt(bytes: &[u8]) -> Result<(), String> {
-    let options = Options { provider: Provider::Tract, threads: Some(1), ort_lib: None };
+    let options = Options { provider: Provider::Tract, threads: Some(1), ..Options::default() };
     let file = ModelFile::parse("it", bytes.to_vec()).map_err(|e| e.to_string())?;
     let generator = Generator::load(file, &options).map_err(|e| e.to_string())?;
     let request = Request { steps: None, ..Request::new(1, 1) };

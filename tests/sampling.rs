@@ -30,10 +30,10 @@ fn drawn(dir: &TempDir, args: &[&str]) -> Result<Vec<u8>> {
 fn several_seeds_are_drawn_in_their_order() -> Result<()> {
     let dir = TempDir::new()?;
     let got = values(&drawn(&dir, &["--seed", "8..9,3", "--count", "2", "--format", "npy", "-o", "-"])?);
-    let mut model = bundled(Provider::Tract, 1)?;
+    let model = bundled(Provider::Tract, 1)?;
     let mut expected = Vec::new();
     for seed in [8, 9, 3] {
-        expected.extend(images(&mut model, seed, 0, 2)?.values);
+        expected.extend(images(&model, seed, 0, 2)?.values);
     }
     assert_eq!(got, expected);
     drawn(&dir, &["--seed", "8..10", "--count", "2", "--grid", "-o", "sheet.png"])?;
@@ -51,10 +51,10 @@ fn an_interpolation_goes_from_one_seed_to_the_other() -> Result<()> {
     let dir = TempDir::new()?;
     let args = ["--interpolate", "5..6", "--count", "5", "--class", "3", "--format", "npy", "-o", "-"];
     let frames = values(&drawn(&dir, &args)?);
-    let mut model = bundled(Provider::Tract, 1)?;
-    let mut one = |seed: u32| -> Result<Vec<f32>> {
+    let model = bundled(Provider::Tract, 1)?;
+    let one = |seed: u32| -> Result<Vec<f32>> {
         let request = Request { class: Class::One(3), ..Request::new(seed, 1) };
-        Ok(model.generate(&request, &|_| {})?.values)
+        Ok(model.sample(&request, &|_| {})?.values)
     };
     let (from, to) = (one(5)?, one(6)?);
     let len = from.len();
@@ -67,9 +67,9 @@ fn an_interpolation_goes_from_one_seed_to_the_other() -> Result<()> {
     // the same frames when they are asked for in parts
     let interpolation = Some(Interpolation { to: 6, frames: 5 });
     let request = Request { first: 3, class: Class::One(3), interpolation, ..Request::new(5, 2) };
-    assert_eq!(model.generate(&request, &|_| {})?.values, frames[3 * len..]);
+    assert_eq!(model.sample(&request, &|_| {})?.values, frames[3 * len..]);
     let beyond = Request { first: 4, ..request };
-    ensure!(model.generate(&beyond, &|_| {}).is_err());
+    ensure!(model.sample(&beyond, &|_| {}).is_err());
     for (args, message) in [
         (&["--interpolate", "5..6"][..], "got 1 image to interpolate"),
         (&["--interpolate", "5..5", "--count", "3"], "two different seeds"),

@@ -133,7 +133,7 @@ fn answer(
     let mut out = std::io::stdout().lock();
     for line in std::io::stdin().lock().lines() {
         line?;
-        writeln!(out, "{}", inputs.time(&mut model)?)?;
+        writeln!(out, "{}", inputs.time(&model)?)?;
         out.flush()?;
     }
     Ok(())
