@@ -23,6 +23,7 @@ const WEBGPU: &str = "WebGpuExecutionProvider";
 const SIDE: usize = 4;
 
 /// Whether the library was built with a provider, or has it as a plugin; the reason if not.
+#[cfg_attr(not(feature = "ort-load"), expect(unused_variables, reason = "only plugins lie beside a library"))]
 pub(crate) fn in_library(provider: Provider, library: &Library) -> Result<(), String> {
     if let Some(system) = remedies::other_system(provider) {
         return Err(system);
@@ -39,7 +40,7 @@ pub(crate) fn in_library(provider: Provider, library: &Library) -> Result<(), St
         Provider::Auto | Provider::Tract | Provider::Cpu => Ok(true),
     };
     #[cfg(not(feature = "ort-load"))]
-    let built_in = ort::Result::Ok(provider == Provider::Cpu);
+    let built_in: ort::Result<bool> = Ok(provider == Provider::Cpu);
     match built_in {
         Ok(true) => Ok(()),
         Ok(false) => Err("the onnxruntime library was built without it".to_owned()),
