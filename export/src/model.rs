@@ -110,14 +110,18 @@ pub fn export_in(checkpoint: &Checkpoint, kind: Kind, form: &Form) -> Result<Exp
     let stored = stored_numbers(&finished.graph);
     let mut card = card(checkpoint, kind, stored, finished.macs)?;
     card.dtype = form.precision.to_string();
-    if let Some(error) = measure::precision(checkpoint, kind, &finished, form.precision)? {
-        card.provenance.metrics.insert(card.dtype.clone(), error);
-    }
     if form.precision == Precision::Qdq {
         let error = quantise(&mut finished.graph, &card, form.calibration)?;
         card.provenance.metrics.insert(card.dtype.clone(), error);
     }
+    let stored_smaller = matches!(form.precision, Precision::F16 | Precision::Int8);
+    let measured = stored_smaller && kind == Kind::Generator && finished.macs <= measure::MACS_LIMIT;
+    let exact = measured.then(|| finished.graph.clone());
     store(&mut finished.graph, form.precision);
+    if let Some(exact) = exact {
+        let error = measure::difference(&finished.graph, &exact, &card, measure::COUNT)?;
+        card.provenance.metrics.insert(card.dtype.clone(), error);
+    }
     let operators = count_operators(&finished.graph);
     let nodes = finished.graph.node.len();
     let (bytes, data) = encode(finished.graph, &card, form)?;

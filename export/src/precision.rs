@@ -76,26 +76,6 @@ pub fn store(graph: &mut GraphProto, precision: Precision) {
     graph.node = nodes;
 }
 
-/// What runtimes will read instead of the weights of a verified graph, divided by them: by name, only what changes.
-pub fn factors(graph: &GraphProto, precision: Precision) -> BTreeMap<String, Vec<f64>> {
-    let places = Places::of(graph);
-    let factor = |(got, exact): (f64, f32)| if exact == 0.0 { 1.0 } else { got / f64::from(exact) };
-    let of_tensor = |tensor: &TensorProto| {
-        let (constants, _) = places.smaller(tensor, precision)?;
-        let read: Vec<f64> = match constants.as_slice() {
-            [values, scales] => {
-                let axis = places.axes.get(&tensor.name).copied().unwrap_or(0);
-                let (channel, scales) = (channel(tensor, axis), floats(scales).collect::<Vec<_>>());
-                let values = values.raw_data.iter().enumerate();
-                values.map(|(i, &v)| f64::from(f32::from(v as i8) * scales[channel(i)])).collect()
-            }
-            values => values.iter().flat_map(halves).collect(),
-        };
-        Some((tensor.name.clone(), read.into_iter().zip(floats(tensor)).map(factor).collect()))
-    };
-    graph.initializer.iter().filter_map(of_tensor).collect()
-}
-
 /// Which stored values are weights of which operators.
 struct Places {
     head: Vec<String>,
@@ -144,10 +124,6 @@ pub fn floats(tensor: &TensorProto) -> impl Iterator<Item = f32> + '_ {
 /// A stored value.
 pub fn stored(name: String, kind: DataType, dims: Vec<i64>, raw_data: Vec<u8>) -> TensorProto {
     TensorProto { name, data_type: kind as i32, dims, raw_data, ..Default::default() }
-}
-
-fn halves(tensor: &TensorProto) -> impl Iterator<Item = f64> + '_ {
-    tensor.raw_data.chunks_exact(2).map(|bytes| f16::from_le_bytes([bytes[0], bytes[1]]).to_f64())
 }
 
 /// Index along `axis` of element `i`.

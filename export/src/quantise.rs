@@ -5,26 +5,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
 
-use dmd_core::card::{ImageSpec, ModelCard, OUTPUT_X_GEN};
-use dmd_core::noise;
+use dmd_core::card::ModelCard;
 use serde_json::Value;
 use tract_onnx::pb::tensor_proto::DataType;
-use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto};
-use tract_onnx::prelude::*;
+use tract_onnx::pb::{GraphProto, NodeProto, TensorProto};
 
 use crate::graph::{Attribute, message};
-use crate::model::OPSET;
+use crate::measure::Running;
 use crate::precision::{floats, head, integers, stored};
-use crate::{Error, Result, measure};
+use crate::{Result, measure};
 
 /// Operators that onnxruntime has integer kernels for.
 const QUANTISED: [&str; 2] = ["Conv", "Gemm"];
 /// Images of the calibration, seed 0.
 const IMAGES: u64 = 32;
 /// Images whose errors are measured.
-const MEASURED: u64 = 8;
+const MEASURED: usize = 8;
 /// Bins of an activation's histogram.
 const BINS: usize = 2048;
 /// Share of an activation's values that [`Method::Percentile`] cuts off at each end.
@@ -96,16 +93,7 @@ impl Steps {
 pub fn quantise(graph: &mut GraphProto, card: &ModelCard, method: Method) -> Result<Value> {
     let exact = graph.clone();
     write_integers(graph, card, method)?;
-    let images = |graph: &GraphProto| -> Result<Vec<f32>> {
-        let plan = plan(graph, card, &[OUTPUT_X_GEN.to_owned()]).map_err(cannot_run)?;
-        let run = |image| Ok(outputs(&plan, graph, card, image).map_err(cannot_run)?.concat());
-        (0..MEASURED).map(run).collect::<Result<Vec<_>>>().map(|images| images.concat())
-    };
-    Ok(measure::errors(&images(&simulated(graph))?, &images(&exact)?, MEASURED as usize))
-}
-
-fn cannot_run(error: TractError) -> Error {
-    Error::Request(format!("cannot run the graph to calibrate it: {error:#}"))
+    measure::difference(&simulated(graph), &exact, card, MEASURED)
 }
 
 fn write_integers(graph: &mut GraphProto, card: &ModelCard, method: Method) -> Result<()> {
@@ -211,8 +199,8 @@ fn calibrate(
     names: &[String],
     method: Method,
 ) -> Result<BTreeMap<String, Steps>> {
-    let plan = plan(graph, card, names).map_err(cannot_run)?;
-    let run = |image: u64| outputs(&plan, graph, card, image).map_err(cannot_run);
+    let running = Running::new(graph, card, names)?;
+    let run = |image: u64| running.outputs(image);
     let mut ranges = vec![[f32::INFINITY, f32::NEG_INFINITY]; names.len()];
     for image in 0..IMAGES {
         for (range, values) in ranges.iter_mut().zip(run(image)?) {
@@ -232,42 +220,6 @@ fn calibrate(
         }
     }
     Ok(names.iter().cloned().zip(ranges.iter().map(|[low, high]| Steps::new(*low, *high))).collect())
-}
-
-/// The graph for one image, with these values as its outputs.
-fn plan(graph: &GraphProto, card: &ModelCard, names: &[String]) -> TractResult<Arc<TypedRunnableModel>> {
-    let output = names.iter().map(|name| ValueInfoProto { name: name.clone(), ..Default::default() });
-    let model = ModelProto {
-        opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET }],
-        graph: Some(GraphProto { output: output.collect(), ..graph.clone() }),
-        ..Default::default()
-    };
-    let mut model = tract_onnx::onnx().with_ignore_value_info(true).model_for_proto_model(&model)?;
-    let ImageSpec { channels, height, width, .. } = card.image;
-    model.set_input_fact(0, f32::fact([1, channels, height, width]).into())?;
-    if graph.input.len() > 1 {
-        model.set_input_fact(1, i64::fact([1]).into())?;
-    }
-    model.into_optimized()?.into_runnable()
-}
-
-/// All watched values for image `image` of seed 0, of class `image` modulo their number.
-fn outputs(
-    plan: &Arc<TypedRunnableModel>,
-    graph: &GraphProto,
-    card: &ModelCard,
-    image: u64,
-) -> TractResult<Vec<Vec<f32>>> {
-    let ImageSpec { channels, height, width, .. } = card.image;
-    let mut z = vec![0.0; channels * height * width];
-    noise::standard_normal(0, image, &mut z);
-    let mut inputs: TVec<TValue> = tvec![Tensor::from_shape(&[1, channels, height, width], &z)?.into()];
-    if graph.input.len() > 1 {
-        let count = card.provenance.classes.as_ref().map_or(1, |classes| classes.count as u64);
-        inputs.push(Tensor::from_shape(&[1], &[(image % count) as i64])?.into());
-    }
-    let values = plan.run(inputs)?;
-    values.iter().map(|v| Ok(v.to_plain_array_view::<f32>()?.iter().copied().collect())).collect()
 }
 
 /// The quantised graph in f32: activations are rounded and clipped, weights and biases are the rounded ones. tract, which runs
