@@ -2,6 +2,7 @@
 //! schedule, the noise contract, pixels and the model card. No tensor library, no file access; builds for wasm32.
 #![forbid(unsafe_code)]
 
+pub mod activation;
 pub mod card;
 pub mod compare;
 pub mod config;

@@ -1,8 +1,9 @@
-//! What all kernels share: the number of lanes of the processor found at run time (`pulp`), and the exponential.
+//! What all kernels share: the number of lanes of the processor found at run time (`pulp`), and functions of activations.
 //!
 //! AVX-512 (the feature `x86-v4` of `pulp`, detected at run time) is off: groups of 16 images would leave the threads little to
 //! share at the usual batches, and there was no such processor to measure it on.
 
+pub use dmd_core::activation::{exp, sigmoid};
 #[cfg(not(test))]
 use pulp::Arch;
 use pulp::{Simd, WithSimd};
@@ -49,26 +50,6 @@ pub fn vectorised<R>(f: impl FnMut() -> R) -> R {
 #[inline(always)]
 pub fn add_to(to: &mut [f32], from: &[f32]) {
     to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
-}
-
-/// `exp(x)` to about two units in the last place, for loops that the compiler turns into SIMD.
-#[inline(always)]
-pub fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0;
-    let x = x.clamp(-87.0, 87.0);
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
-    let p = 1.0 / 720.0 + r * (1.0 / 5040.0);
-    let p = 1.0 / 24.0 + r * (1.0 / 120.0 + r * p);
-    let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0 + r * p)));
-    p * f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23)
-}
-
-/// `1 / (1 + exp(−x))`.
-#[inline(always)]
-pub fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
 }
 
 /// Derivative of `x·sigmoid(x)`.

@@ -1,5 +1,6 @@
 //! Running loops with the processor's vector instructions (crate `pulp`), and functions that such loops need.
 
+pub use dmd_core::activation::{exp, sigmoid};
 use pulp::{Arch, Simd, WithSimd};
 
 /// Runs a kernel with the best instructions of this processor.
@@ -57,26 +58,6 @@ pub fn load<S: Simd>(from: &[f32], at: usize) -> S::f32s {
 #[inline(always)]
 pub fn store<S: Simd>(to: &mut [f32], at: usize, vector: S::f32s) {
     S::as_mut_simd_f32s(&mut to[at..at + S::F32_LANES]).0[0] = vector;
-}
-
-/// `exp(x)` to about two units in the last place (degree 6, Cody and Waite's reduction).
-#[inline(always)]
-pub fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0;
-    let x = x.clamp(-87.0, 87.0);
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
-    let p = 1.0 / 720.0 + r * (1.0 / 5040.0);
-    let p = 1.0 / 24.0 + r * (1.0 / 120.0 + r * p);
-    let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0 + r * p)));
-    p * f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23)
-}
-
-/// `1 / (1 + exp(−x))`.
-#[inline(always)]
-pub fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
 }
 
 /// The error function; Abramowitz and Stegun 1964, 7.1.26, off by at most 1.5e-7.

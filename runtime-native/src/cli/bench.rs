@@ -145,30 +145,22 @@ fn table(found: &Found) -> String {
         found.model, "provider", "threads", "batch", "min ms", "median", "p95", "spread", "runs", "images/s"
     );
     for Row { provider, threads, batch, ms, images_per_second, .. } in &found.rows {
-        text.push_str(&format!(
-            "{:<9} {threads:>7} {batch:>5} {:>9.2} {:>9.2} {:>9.2} {:>6.0}% {:>5} {images_per_second:>9.1}\n",
-            provider.name(),
-            ms.min,
-            ms.median,
-            ms.p95,
-            ms.spread * 100.0,
-            ms.runs,
-        ));
+        let (name, times) = (provider.name(), columns(ms));
+        text.push_str(&format!("{name:<9} {threads:>7} {batch:>5} {times} {images_per_second:>9.1}\n"));
     }
     if !found.starts.is_empty() {
         text.push_str("\nfrom the start of the process to one picture on disk\n");
     }
     for Start { provider, threads, ms, peak_mib } in &found.starts {
         let peak = peak_mib.map(|mib| format!(", peak memory {mib:.0} MiB")).unwrap_or_default();
-        text.push_str(&format!(
-            "{:<9} {threads:>7}       {:>9.2} {:>9.2} {:>9.2} {:>6.0}% {:>5}{peak}\n",
-            provider.name(),
-            ms.min,
-            ms.median,
-            ms.p95,
-            ms.spread * 100.0,
-            ms.runs,
-        ));
+        let (name, times) = (provider.name(), columns(ms));
+        text.push_str(&format!("{name:<9} {threads:>7}       {times}{peak}\n"));
     }
     text
+}
+
+/// Least, median, 95th percentile, spread, number of runs.
+fn columns(ms: &Times) -> String {
+    let Times { runs, min, median, p95, spread } = ms;
+    format!("{min:>9.2} {median:>9.2} {p95:>9.2} {:>6.0}% {runs:>5}", spread * 100.0)
 }
