@@ -1,7 +1,7 @@
 """Compares dmd-run with Python onnxruntime and PyTorch on the same one-step generators. Run through scripts/bench-runtimes,
 which builds and installs what it needs.
 
-Rows: `ort` and `tract` are dmd-run's two engines on dmd-export's file; `pyort` is Python onnxruntime on PyTorch's export of the
+Rows: `engine`, `tract` and `ort` are dmd-run's engines on dmd-export's file; `pyort` is Python onnxruntime on PyTorch's export of the
 same network (torch.onnx.export of diffusers' UNet2DModel with t fixed, no further optimisation), `pyort_ours` on dmd-export's
 file; `eager` and `compile` are PyTorch itself. dmd-run waits in processes of its own and evaluates on request, so that all rows
 take turns in every round, whose order is reversed each time; the library of onnxruntime is the same for all.
@@ -32,10 +32,16 @@ LEAST_ROUNDS = 7
 MOST_ROUNDS = 300
 WARM_UP = 3
 STARTS = 15
-PAIRS = [("ort", "pyort"), ("ort", "pyort_ours"), ("tract", "ort"), ("ort", "eager"), ("ort", "compile")]
-LIMITS = {("ort", "pyort", 1): 1.0, ("ort", "pyort", 16): 1.0, ("tract", "ort", 1): 2.0, ("tract", "ort", 16): 2.2}
-START_LIMITS = {"tract": 150, "ort": 250}
-PROVIDERS = {"ort": "cpu", "tract": "tract"}
+PAIRS = [
+    *[("ort", other) for other in ("pyort", "pyort_ours", "eager", "compile")],
+    *[("engine", other) for other in ("ort", "pyort", "eager", "compile")],
+    ("tract", "ort"),
+]
+LIMITS = {("ort", "pyort", 1): 1.0, ("ort", "pyort", 16): 1.0} | {
+    (embedded, "ort", batch): limit for embedded in ("engine", "tract") for batch, limit in ((1, 2.0), (16, 2.2))
+}
+START_LIMITS = {"engine": 150, "tract": 150, "ort": 250}
+PROVIDERS = {"engine": "engine", "ort": "cpu", "tract": "tract"}
 
 
 class Waiting:

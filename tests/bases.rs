@@ -137,7 +137,7 @@ fn exported_teachers_match_pytorch_in_both_engines() -> Result<()> {
         let class: Vec<i64> = class.into_iter().map(i64::from).collect();
         let expected = golden.f32(&format!("{case}.eps_pred"))?;
         let bytes = export(&checkpoint, Kind::Teacher)?.bytes;
-        for provider in [Provider::Tract, Provider::Cpu] {
+        for provider in [Provider::Engine, Provider::Tract, Provider::Cpu] {
             let options = Options { provider, threads: Some(2), ..Options::default() };
             let model = Generator::load(ModelFile::parse(&case, bytes.clone())?, &options)?;
             let got = model.evaluate(&Batch { n, x: &x_t.data, t: &t, class: &class })?;

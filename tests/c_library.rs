@@ -90,7 +90,7 @@ fn the_c_example_draws_what_the_rust_library_draws() -> Result<()> {
         let mut command = Command::new(&program);
         finished(command.arg(model()).args([seed, count, threads]).env("LD_LIBRARY_PATH", &library))
     };
-    let options = Options { provider: Provider::Tract, ..Options::default() };
+    let options = Options { provider: Provider::Engine, ..Options::default() };
     let generator = Generator::open(&model(), &options)?;
     for (seed, count, threads) in [(7, 13, 4), (4_294_967_295, 2, 1)] {
         let images = generator.generate(seed, count, Class::Cycle)?;
@@ -143,7 +143,7 @@ fn a_generator_in_memory_has_shape_info_and_values() -> Result<()> {
     let mut raw = null_mut();
     // SAFETY: the bytes are there, and the result has its place.
     let status =
-        unsafe { dmd::dmd_open_memory(bytes.as_ptr(), bytes.len(), c"tract".as_ptr(), 2, null(), &mut raw) };
+        unsafe { dmd::dmd_open_memory(bytes.as_ptr(), bytes.len(), c"engine".as_ptr(), 2, null(), &mut raw) };
     ensure!(status == Status::Ok, "{}", last_error());
     let generator = Open(raw);
     let mut shape = [0usize; 3];
@@ -153,14 +153,14 @@ fn a_generator_in_memory_has_shape_info_and_values() -> Result<()> {
     // SAFETY: the generator is open, and its text lives as long.
     let info = unsafe { CStr::from_ptr(dmd::dmd_info(generator.0)) }.to_str()?;
     let info: serde_json::Value = serde_json::from_str(info)?;
-    ensure!(info["provider"] == "tract" && info["card"]["classes"]["count"] == 10, "{info}");
+    ensure!(info["provider"] == "engine" && info["card"]["classes"]["count"] == 10, "{info}");
 
     let len = 3 * 784;
     let mut values = vec![f32::NAN; len + 1];
     // SAFETY: the generator is open, the buffer as long as said.
     let status = unsafe { dmd::dmd_generate_values(generator.0, 5, 8, 3, 4, values.as_mut_ptr(), len + 1) };
     ensure!(status == Status::Ok, "{}", last_error());
-    let options = Options { provider: Provider::Tract, ..Options::default() };
+    let options = Options { provider: Provider::Engine, ..Options::default() };
     let request = Request { first: 8, class: Class::One(4), ..Request::new(5, 3) };
     let expected = Generator::open(&model(), &options)?.sample(&request, &|_| {})?;
     ensure!(values[..len] == expected.values && values[len].is_nan());
@@ -173,8 +173,8 @@ fn a_callers_mistakes_get_a_code_and_a_text() -> Result<()> {
     let text = dir.path().join("text.onnx");
     std::fs::write(&text, "# not a model\n")?;
     for (path, provider, status, says) in [
-        (text.as_path(), c"tract", Status::InvalidModel, "not an ONNX model"),
-        (Path::new("none.onnx"), c"tract", Status::InvalidModel, "cannot read `none.onnx`: No such file"),
+        (text.as_path(), c"engine", Status::InvalidModel, "not an ONNX model"),
+        (Path::new("none.onnx"), c"engine", Status::InvalidModel, "cannot read `none.onnx`: No such file"),
         (&model(), c"rocm", Status::InvalidText, "got provider `rocm`"),
         (&model(), c"\xff", Status::InvalidText, "`provider` is not UTF-8"),
         (&model(), c"tensorrt", Status::ProviderUnavailable, "provider `tensorrt` is not available"),
@@ -212,7 +212,7 @@ fn a_callers_mistakes_get_a_code_and_a_text() -> Result<()> {
         ensure!(status == Status::InvalidModel && raw.is_null(), "{status:?}");
     }
 
-    let Ok(generator) = open(&model(), c"tract")? else { bail!("{}", last_error()) };
+    let Ok(generator) = open(&model(), c"engine")? else { bail!("{}", last_error()) };
     let mut pixels = [7u8; 784];
     for (count, class, len, status, says) in [
         (1, -1, 783, Status::BufferTooSmall, "got room for 783 values in `pixels`, expected at least 784"),

@@ -45,7 +45,7 @@ fn done(finished: Finished) -> Result<Finished> {
 fn a_fixed_batch_runs_for_any_number_of_images() -> Result<()> {
     let checkpoint = generator()?;
     let free = export(&checkpoint, Kind::Generator)?;
-    for provider in [Provider::Tract, Provider::Cpu] {
+    for provider in [Provider::Engine, Provider::Tract, Provider::Cpu] {
         let expected = load(&free.bytes, provider)?;
         for batch in [1, 3] {
             let form = Form { batch: Some(batch), ..Form::default() };
@@ -69,7 +69,7 @@ fn a_fixed_batch_of_a_teacher_follows_its_steps() -> Result<()> {
     let request = Request { steps: Some(3), ..Request::new(1, 3) };
     let bytes =
         [export(&checkpoint, Kind::Teacher)?.bytes, export_in(&checkpoint, Kind::Teacher, &form)?.bytes];
-    for provider in [Provider::Tract, Provider::Cpu] {
+    for provider in [Provider::Engine, Provider::Tract, Provider::Cpu] {
         let values = |bytes: &[u8]| -> Result<Vec<f32>> {
             Ok(load(bytes, provider)?.sample(&request, &|_| {})?.values)
         };
@@ -112,7 +112,7 @@ fn the_output_image_leaves_the_other_as_it_is() -> Result<()> {
     let form = Form { image: true, ..Form::default() };
     let bytes =
         [export(&checkpoint, Kind::Generator)?.bytes, export_in(&checkpoint, Kind::Generator, &form)?.bytes];
-    for provider in [Provider::Tract, Provider::Cpu] {
+    for provider in [Provider::Engine, Provider::Tract, Provider::Cpu] {
         let values = |bytes: &[u8]| -> Result<Vec<f32>> {
             Ok(load(bytes, provider)?.sample(&Request::new(2, 3), &|_| {})?.values)
         };
@@ -130,7 +130,7 @@ fn every_operator_set_is_the_same_function() -> Result<()> {
     for opset in OPSETS {
         let bytes =
             export_in(&checkpoint, Kind::Generator, &Form { opset, image: true, ..Form::default() })?.bytes;
-        for provider in [Provider::Tract, Provider::Cpu] {
+        for provider in [Provider::Engine, Provider::Tract, Provider::Cpu] {
             let batch = Batch { n: 2, x: &z.data, t: &[0.0; 2], class: &[3, 10] };
             compare(
                 &format!("{provider}, opset {opset}"),
@@ -160,7 +160,7 @@ fn weights_outside_are_found_by_both_engines() -> Result<()> {
             [model, "--provider", provider, "--count", "3", "--force", "-o", "x.npy"],
         )
     };
-    for provider in ["tract", "cpu"] {
+    for provider in ["engine", "tract", "cpu"] {
         done(sample("in.onnx", provider)?)?;
         let expected = std::fs::read(dir.path().join("x.npy"))?;
         done(sample("out.onnx", provider)?)?;
@@ -175,7 +175,7 @@ fn weights_outside_are_found_by_both_engines() -> Result<()> {
         &["`out.onnx.data` at ", "the file has 5000", "different exports"],
     )?;
     std::fs::remove_file(data)?;
-    for provider in ["tract", "cpu"] {
+    for provider in ["engine", "tract", "cpu"] {
         refused(
             &sample("out.onnx", provider)?,
             &["`out.onnx.data`, which cannot be read", "belongs beside the model"],

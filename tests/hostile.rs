@@ -17,9 +17,15 @@ use tract_onnx::pb::{
 
 use crate::models::{card_json, identity, model, node, port, teacher};
 
-/// Draws one image if it can be had; the error otherwise.
+/// Draws one image by tract if it can be had; the error otherwise. The project's engine, which has fewer operators, must
+/// survive the file too.
 fn attempt(bytes: &[u8]) -> Result<(), String> {
-    let options = Options { provider: Provider::Tract, threads: Some(1), ..Options::default() };
+    let _ = attempt_by(Provider::Engine, bytes);
+    attempt_by(Provider::Tract, bytes)
+}
+
+fn attempt_by(provider: Provider, bytes: &[u8]) -> Result<(), String> {
+    let options = Options { provider, threads: Some(1), ..Options::default() };
     let file = ModelFile::parse("it", bytes.to_vec()).map_err(|e| e.to_string())?;
     let generator = Generator::load(file, &options).map_err(|e| e.to_string())?;
     let request = Request { steps: None, ..Request::new(1, 1) };
@@ -170,6 +176,39 @@ fn sizes_are_refused_before_memory_is_taken() -> Result<()> {
         refused(what, &graph(nodes, vec![tensor("w", &[1, 1, 1, 1], &[7])]), "expected at most")?;
     }
     Ok(())
+}
+
+/// The same of the project's engine.
+#[test]
+fn sizes_are_refused_before_the_engine_takes_memory() -> Result<()> {
+    let refused = |what: &str, bytes: &[u8], says: &str| -> Result<()> {
+        let got = attempt_by(Provider::Engine, bytes).err().unwrap_or_else(|| "an image".to_owned());
+        ensure!(got.contains(says), "{what}: got `{got}`, expected `{says}`");
+        Ok(())
+    };
+    let kernel = TensorProto {
+        data_type: DataType::Float as i32,
+        int64_data: Vec::new(),
+        float_data: vec![1.0],
+        ..tensor("k", &[1, 1, 1, 1], &[])
+    };
+    for (pad, says) in [(1 << 19, "expected at most 268435456"), (1 << 40, "got `pads`"), (-1, "got `pads`")]
+    {
+        let conv = with(node("Conv", &["z", "k"], "y"), vec![ints("pads", &[pad; 4])]);
+        refused("Conv", &graph(vec![conv], vec![kernel.clone()]), says)?;
+    }
+    let name = |i: usize| if i == 0 { "z".to_owned() } else { format!("a{i}") };
+    let double = |i| with(node("Concat", &[&name(i), &name(i)], &name(i + 1)), vec![int("axis", 1)]);
+    let doubled = |n: usize| {
+        let back = TensorProto { data_type: DataType::Int64 as i32, ..tensor("k", &[1], &[1]) };
+        let [starts, axes] = ["starts", "axes"].map(|name| TensorProto { name: name.into(), ..back.clone() });
+        let starts = TensorProto { int64_data: vec![0], ..starts };
+        let mut nodes: Vec<NodeProto> = (0..n).map(double).collect();
+        nodes.push(node("Slice", &[&name(n), "starts", "k", "axes"], "y"));
+        graph(nodes, vec![back, starts, axes])
+    };
+    ensure!(attempt_by(Provider::Engine, &doubled(3)) == Ok(()));
+    refused("Concat", &doubled(50), "expected at most 268435456")
 }
 
 #[test]

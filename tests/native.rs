@@ -23,12 +23,12 @@ use dmd_tests::{binary, compare, repository};
 use tempfile::TempDir;
 use tract_onnx::pb::tensor_proto::DataType;
 
-use crate::models::{card_json, identity, schedule_json, teacher};
+use crate::models::{card_json, identity, model, node, port, schedule_json, teacher};
 
 const LIBRARY: &str = "ORT_DYLIB_PATH";
 
 fn options(provider: Provider, threads: usize) -> Result<Options> {
-    if provider != Provider::Tract {
+    if !provider.embedded() {
         ensure!(
             std::env::var_os(LIBRARY).is_some(),
             "{LIBRARY} names no onnxruntime library\n\nhint: run scripts/test, which installs one and sets the variable"
@@ -53,21 +53,26 @@ fn levels_apart(a: &Images, b: &Images) -> u8 {
 }
 
 #[test]
-fn both_engines_draw_the_same_pictures() -> Result<()> {
-    let (tract, cpu) = (bundled(Provider::Tract, 2)?, bundled(Provider::Cpu, 2)?);
+fn all_engines_draw_the_same_pictures() -> Result<()> {
+    let engines = [Provider::Engine, Provider::Tract, Provider::Cpu];
+    let engines = engines.map(|provider| bundled(provider, 2)).into_iter().collect::<Result<Vec<_>>>()?;
     for seed in 0..64 {
-        let (a, b) = (images(&tract, seed, u64::from(seed), 1)?, images(&cpu, seed, u64::from(seed), 1)?);
-        let apart = levels_apart(&a, &b);
-        assert!(apart <= 1, "seed {seed}: {apart} levels apart");
+        let drawn = engines.iter().map(|engine| images(engine, seed, u64::from(seed), 1));
+        let drawn = drawn.collect::<Result<Vec<_>>>()?;
+        for (a, b) in [(0, 1), (0, 2), (1, 2)] {
+            let apart = levels_apart(&drawn[a], &drawn[b]);
+            assert!(apart <= 1, "seed {seed}: {apart} levels apart");
+        }
+        let a = &drawn[0];
         let range = |s: &Images| s.values.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-        assert!(range(&a) > -0.9, "seed {seed}: the picture is black");
+        assert!(range(a) > -0.9, "seed {seed}: the picture is black");
     }
     Ok(())
 }
 
 #[test]
 fn an_image_depends_on_its_seed_and_number_alone() -> Result<()> {
-    for provider in [Provider::Tract, Provider::Cpu] {
+    for provider in [Provider::Engine, Provider::Tract, Provider::Cpu] {
         let all = images(&bundled(provider, 1)?, 7, 0, 70)?;
         let model = bundled(provider, 3)?;
         let tail = images(&model, 7, 66, 4)?;
@@ -86,7 +91,7 @@ fn an_image_depends_on_its_seed_and_number_alone() -> Result<()> {
 
 #[test]
 fn threads_share_a_generator() -> Result<()> {
-    for provider in [Provider::Tract, Provider::Cpu] {
+    for provider in [Provider::Engine, Provider::Tract, Provider::Cpu] {
         let model = bundled(provider, 1)?;
         let draw = |seed| model.generate(seed, 3, Class::Cycle).map(|images| images.values);
         let alone = [draw(1)?, draw(2)?];
@@ -107,7 +112,7 @@ fn a_teacher_follows_the_sampler() -> Result<()> {
     let dir = TempDir::new()?;
     let path = teacher(dir.path())?;
     let schedule = Schedule::new(&serde_json::from_value(schedule_json())?);
-    for provider in [Provider::Tract, Provider::Cpu] {
+    for provider in [Provider::Engine, Provider::Tract, Provider::Cpu] {
         let model = Generator::open(&path, &options(provider, 1)?)?;
         for (steps, class, sampler) in [
             (1, Class::Cycle, Sampler::Ddim),
@@ -207,7 +212,7 @@ fn every_output_is_what_the_help_says() -> Result<()> {
     assert_eq!((&bytes[..8], header % 64), (&b"\x93NUMPY\x01\x00"[..], 0));
     assert!(text(&bytes[10..header]).contains("'<f4', 'fortran_order': False, 'shape': (2, 1, 28, 28)"));
     let values: Vec<f32> = bytes[header..].as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-    assert_eq!(values, images(&bundled(Provider::Tract, 1)?, 4, 0, 2)?.values);
+    assert_eq!(values, images(&bundled(Provider::Engine, 1)?, 4, 0, 2)?.values);
 
     let before = std::fs::read(at("samples.png"))?;
     done(&["--seed", "1", "--force"])?;
@@ -292,7 +297,8 @@ fn a_file_that_is_no_model_is_refused_by_name() -> Result<()> {
 #[test]
 fn a_file_without_a_card_runs_with_a_warning() -> Result<()> {
     let dir = TempDir::new()?;
-    for (batch, provider) in [("n", "tract"), ("n", "cpu"), ("2", "tract"), ("2", "cpu")] {
+    let providers = ["engine", "tract", "cpu"];
+    for (batch, provider) in ["n", "2"].into_iter().flat_map(|batch| providers.map(|p| (batch, p))) {
         let bytes = identity(&[batch, "3", "4", "6"], "y", DataType::Float, None);
         std::fs::write(dir.path().join("model.onnx"), bytes)?;
         let args = ["--seed", "3", "--count", "3", "--provider", provider, "--force", "-o", "z.npy"];
@@ -306,6 +312,28 @@ fn a_file_without_a_card_runs_with_a_warning() -> Result<()> {
         }
         let expected: Vec<u8> = z.iter().flat_map(|v| v.to_le_bytes()).collect();
         assert_eq!(bytes[bytes.len() - expected.len()..], expected, "{provider}, batch {batch}");
+    }
+    Ok(())
+}
+
+/// An operator that `dmd-export` does not write.
+#[test]
+fn auto_takes_another_engine_for_a_foreign_file() -> Result<()> {
+    let dir = TempDir::new()?;
+    let dims = ["n", "1", "4", "4"];
+    let ports = (port("z", &dims, DataType::Float), port("y", &dims, DataType::Float));
+    let bytes = model((vec![ports.0], vec![ports.1]), vec![node("Abs", &["z"], "y")], vec![], None);
+    std::fs::write(dir.path().join("model.onnx"), bytes)?;
+    std::fs::write(dir.path().join("wrong.so"), b"not a library")?;
+    let hint = "this operator is not one that `dmd-export` writes";
+    refused(dir.path(), &["--provider", "engine", "-o", "-"], hint)?;
+    options(Provider::Cpu, 1)?;
+    for (library, provider) in [(None, "on cpu"), (Some("wrong.so"), "on tract")] {
+        let mut command = command(dir.path(), &["-o", "-"])?;
+        library.map(|library| command.env(LIBRARY, library));
+        let out = command.output()?;
+        let stderr = text(&out.stderr);
+        ensure!(out.status.success() && stderr.contains(provider) && stderr.contains(hint), "{stderr}");
     }
     Ok(())
 }
@@ -326,7 +354,7 @@ fn a_named_provider_is_had_or_refused_with_its_reason() -> Result<()> {
         }
         let out = run(&["-o", "-"])?;
         assert!(out.status.success(), "{}", text(&out.stderr));
-        assert!(text(&out.stderr).contains("on tract"), "{}", text(&out.stderr));
+        assert!(text(&out.stderr).contains("on engine"), "{}", text(&out.stderr));
         assert!(text(&out.stderr).contains(message), "{}", text(&out.stderr));
     }
     assert_eq!(names(dir.path())?, ["wrong.so".to_owned()].into());
@@ -343,7 +371,7 @@ fn a_named_provider_is_had_or_refused_with_its_reason() -> Result<()> {
             assert!(text(&out.stderr).contains(reason), "{name}: {}", text(&out.stderr));
         }
     }
-    assert_eq!([&list[0]["usable"], &list[1]["usable"]], [true, true], "tract and cpu: {list}");
+    assert_eq!([0, 1, 2].map(|i| list[i]["usable"] == true), [true; 3], "engine, tract and cpu: {list}");
     Ok(())
 }
 
@@ -374,7 +402,7 @@ fn command(cwd: &Path, args: &[&str]) -> Result<Command> {
 
 fn dmd_run(cwd: &Path, args: &[&str]) -> Result<Output> {
     let plain = !args.contains(&"--provider") && !args.contains(&"info") && !args.contains(&"providers");
-    let engine: &[&str] = if plain { &["--provider", "tract"] } else { &[] };
+    let engine: &[&str] = if plain { &["--provider", "engine"] } else { &[] };
     Ok(command(cwd, &[args, engine].concat())?.output()?)
 }
 

@@ -30,7 +30,7 @@ fn drawn(dir: &TempDir, args: &[&str]) -> Result<Vec<u8>> {
 fn several_seeds_are_drawn_in_their_order() -> Result<()> {
     let dir = TempDir::new()?;
     let got = values(&drawn(&dir, &["--seed", "8..9,3", "--count", "2", "--format", "npy", "-o", "-"])?);
-    let model = bundled(Provider::Tract, 1)?;
+    let model = bundled(Provider::Engine, 1)?;
     let mut expected = Vec::new();
     for seed in [8, 9, 3] {
         expected.extend(images(&model, seed, 0, 2)?.values);
@@ -51,7 +51,7 @@ fn an_interpolation_goes_from_one_seed_to_the_other() -> Result<()> {
     let dir = TempDir::new()?;
     let args = ["--interpolate", "5..6", "--count", "5", "--class", "3", "--format", "npy", "-o", "-"];
     let frames = values(&drawn(&dir, &args)?);
-    let model = bundled(Provider::Tract, 1)?;
+    let model = bundled(Provider::Engine, 1)?;
     let one = |seed: u32| -> Result<Vec<f32>> {
         let request = Request { class: Class::One(3), ..Request::new(seed, 1) };
         Ok(model.sample(&request, &|_| {})?.values)
@@ -126,7 +126,7 @@ fn counts_beyond_one_part_are_the_same_images() -> Result<()> {
         dir.path().join("plain.onnx"),
         identity(&["n", "1", "4", "4"], "y", DataType::Float, None),
     )?;
-    for provider in ["tract", "cpu"] {
+    for provider in ["engine", "tract", "cpu"] {
         let args =
             ["plain.onnx", "--count", &count.to_string(), "--provider", provider, "--force", "-o", "all.npy"];
         drawn(&dir, &args)?;
@@ -222,7 +222,7 @@ fn a_report_holds_time_and_memory() -> Result<()> {
     let report: Value = serde_json::from_slice(&std::fs::read(dir.path().join("report.json"))?)?;
     assert_eq!(
         (&report["provider"], &report["images"], &report["steps"]),
-        (&"tract".into(), &2.into(), &1.into())
+        (&"engine".into(), &2.into(), &1.into())
     );
     ensure!(
         report["load_ms"].as_f64() > Some(0.0) && report["ms_per_image"].as_f64() > Some(0.0),

@@ -45,7 +45,7 @@ fn whole_way(cwd: &Path, hub: &str, base: &str) -> Result<()> {
     ensure!(done.code == Some(0), "{done:?}");
     let done = run_bin("dmd-export", cwd, ["model.onnx", "--from", "run"])?;
     ensure!(done.code == Some(0), "{done:?}");
-    for provider in ["tract", "cpu"] {
+    for provider in ["engine", "tract", "cpu"] {
         let output = format!("{provider}.png");
         let done = run_bin(
             "dmd-run",

@@ -74,6 +74,9 @@ pub(crate) struct Builder {
     sizes: Vec<usize>,
 }
 
+/// Numbers that one value may have: 1 GiB.
+const MAX_VALUES: usize = 1 << 28;
+
 /// See [`crate::Network::build`].
 pub(crate) fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<Built> {
     let graph = model.graph.ok_or_else(|| Error::Graph("the file holds no graph".to_owned()))?;
@@ -96,7 +99,11 @@ pub(crate) fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<
         *builder.uses.entry(name.clone()).or_default() += 1;
     }
     for node in nodes {
+        let before = builder.sizes.len();
         builder.node(&node)?;
+        if let Some(size) = builder.sizes[before..].iter().find(|size| **size > MAX_VALUES) {
+            return Err(node.wrong(format!("it makes {size} numbers, expected at most {MAX_VALUES}")));
+        }
     }
     let outputs = outputs.iter().map(|name| match builder.names.get(*name) {
         Some(Value::Flow(flow)) => Ok((flow.value, flow.shape.clone())),
@@ -123,7 +130,7 @@ fn needed(nodes: Vec<Node>, outputs: &[&str]) -> Vec<Node> {
 
 impl Builder {
     fn value(&mut self, shape: Vec<usize>, producer: Option<usize>) -> Flow {
-        self.sizes.push(shape.iter().product());
+        self.sizes.push(shape.iter().fold(1, |n, d| n.saturating_mul(*d)));
         self.producers.push(producer);
         Flow { value: self.sizes.len() - 1, shape, alone: true }
     }

@@ -15,6 +15,9 @@ pub struct Input<'a> {
     pub shape: &'a [usize],
 }
 
+/// Numbers that the memory of one thread may have: 4 GiB.
+const MAX_MEMORY: usize = 1 << 30;
+
 /// A network for inputs of one shape. It never changes; each thread that runs it has a [`Workspace`] of its own.
 pub struct Network {
     steps: Vec<Placed>,
@@ -53,7 +56,8 @@ impl Network {
     /// Builds what `outputs` need. Weights are taken out of `model`.
     ///
     /// # Errors
-    /// An operator or a form of one that `docs/onnx.md` does not have, shapes that do not fit, values in another file.
+    /// An operator or a form of one that `docs/onnx.md` does not have, shapes that do not fit, values in another file,
+    /// sizes beyond measure.
     pub fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<Self> {
         let built = build::build(model, inputs, outputs)?;
         let sizes = &built.sizes;
@@ -107,13 +111,20 @@ impl Network {
             }
             steps.push(Placed { step, inputs: sources, output, in_place: reuse.is_some() });
         }
+        let memory = memory.sizes;
+        let total = memory.iter().fold(scratch, |n, size| n.saturating_add(*size));
+        if total > MAX_MEMORY {
+            return Err(Error::Graph(format!(
+                "it takes memory for {total} numbers, expected at most {MAX_MEMORY}"
+            )));
+        }
         let place = |value: usize| places[value].ok_or_else(missing);
         let outputs = built.outputs.iter().map(|(value, shape)| Ok((place(*value)?, shape.clone())));
         Ok(Self {
             steps,
             inputs: built.inputs.iter().map(|value| place(*value)).collect::<Result<_>>()?,
             outputs: outputs.collect::<Result<_>>()?,
-            buffers: memory.sizes,
+            buffers: memory,
             scratch,
         })
     }

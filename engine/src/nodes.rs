@@ -3,6 +3,9 @@
 use crate::message::Node;
 use crate::{Error, Result};
 
+/// The largest of a node's sizes.
+const MAX_SIZE: usize = 1 << 20;
+
 impl Node {
     /// An error about this node.
     pub(crate) fn wrong(&self, problem: impl Into<String>) -> Error {
@@ -25,14 +28,14 @@ impl Node {
         found.map_or(default.to_owned(), |a| String::from_utf8_lossy(&a.s).into_owned())
     }
 
-    /// Whole numbers, none of them negative; `None` where the attribute is absent.
+    /// Whole numbers, none of them negative or larger than any image; `None` where the attribute is absent.
     pub(crate) fn sizes(&self, name: &str) -> Result<Option<Vec<usize>>> {
         let Some(found) = self.attribute.iter().find(|a| a.name == name) else { return Ok(None) };
-        let sizes = found.ints.iter().map(|&v| usize::try_from(v));
-        let sizes = sizes.collect::<std::result::Result<_, _>>();
-        sizes
-            .map(Some)
-            .map_err(|_| self.wrong(format!("got `{name}` {:?}, expected no negative numbers", found.ints)))
+        let size = |v: &i64| usize::try_from(*v).ok().filter(|v| *v <= MAX_SIZE);
+        match found.ints.iter().map(size).collect() {
+            Some(sizes) => Ok(Some(sizes)),
+            None => Err(self.wrong(format!("got `{name}` {:?}, expected 0 to {MAX_SIZE}", found.ints))),
+        }
     }
 
     /// Two sizes, for height and width.

@@ -34,7 +34,6 @@ impl Batch<'_> {
     }
 
     /// The same, all parts at once on the threads of the current pool.
-    #[cfg(feature = "tract")]
     pub(crate) fn in_parallel_parts(
         &self,
         size: usize,
@@ -86,7 +85,6 @@ mod tests {
                 Ok(part.x.to_vec())
             });
             assert_eq!(got.unwrap(), x);
-            #[cfg(feature = "tract")]
             assert_eq!(batch.in_parallel_parts(size, |part| Ok(part.x.to_vec())).unwrap(), x);
             let filling = seen.split_off(5);
             assert_eq!((seen.as_slice(), filling), (batch.class, vec![5; 5usize.next_multiple_of(size) - 5]));

@@ -1,10 +1,7 @@
 //! What a file must keep to before anything is allocated for it: every stored tensor has as many values as its shape says, lies
 //! in the file, and no image is larger than [`MAX_VALUES`]. Nothing here reads the card or knows what inputs mean.
 
-use tract_onnx::pb::tensor_proto::DataType;
-use tract_onnx::pb::{GraphProto, TensorProto};
-
-use crate::external;
+use dmd_engine::message::{EXTERNAL, Graph, Tensor, data_type};
 
 /// Numbers that one tensor may have: 1 GiB of f32, an image of 8192 by 8192 pixels in 4 channels.
 pub(crate) const MAX_VALUES: usize = 1 << 28;
@@ -13,7 +10,7 @@ pub(crate) const MAX_VALUES: usize = 1 << 28;
 pub(crate) const MAX_SYMBOL: usize = 64;
 
 /// Checks every tensor of a graph, those in the attributes and graphs of its nodes too.
-pub(crate) fn tensors(graph: &GraphProto) -> Result<(), String> {
+pub(crate) fn tensors(graph: &Graph) -> Result<(), String> {
     for weight in &graph.initializer {
         tensor(weight)?;
     }
@@ -43,9 +40,9 @@ pub(crate) fn images(batch: usize, shape: [usize; 3]) -> Result<(), String> {
     }
 }
 
-fn tensor(tensor: &TensorProto) -> Result<(), String> {
+fn tensor(tensor: &Tensor) -> Result<(), String> {
     let name = &tensor.name;
-    if external::is_outside(tensor) {
+    if tensor.data_location == EXTERNAL {
         return Err(format!("weight `{name}` lies in another file, expected a single file"));
     }
     let Some(expected) = count(&tensor.dims) else {
@@ -60,14 +57,14 @@ fn tensor(tensor: &TensorProto) -> Result<(), String> {
 }
 
 /// Values that a tensor stores, whatever its shape says.
-fn stored(tensor: &TensorProto) -> usize {
-    let kind = DataType::try_from(tensor.data_type);
+fn stored(tensor: &Tensor) -> usize {
+    let kind = tensor.data_type;
     let bits = match kind {
-        Ok(DataType::Int4 | DataType::Uint4 | DataType::Float4e2m1) => 4,
-        Ok(DataType::Float16 | DataType::Bfloat16 | DataType::Int16 | DataType::Uint16) => 16,
-        Ok(DataType::Float | DataType::Int32 | DataType::Uint32) => 32,
-        Ok(DataType::Double | DataType::Int64 | DataType::Uint64 | DataType::Complex64) => 64,
-        Ok(DataType::Complex128) => 128,
+        data_type::INT4 | data_type::UINT4 | data_type::FLOAT4E2M1 => 4,
+        data_type::FLOAT16 | data_type::BFLOAT16 | data_type::INT16 | data_type::UINT16 => 16,
+        data_type::FLOAT | data_type::INT32 | data_type::UINT32 => 32,
+        data_type::DOUBLE | data_type::INT64 | data_type::UINT64 | data_type::COMPLEX64 => 64,
+        data_type::COMPLEX128 => 128,
         _ => 8,
     };
     if !tensor.raw_data.is_empty() {
@@ -77,14 +74,14 @@ fn stored(tensor: &TensorProto) -> usize {
         return values - usize::from(alone);
     }
     match kind {
-        Ok(DataType::Float) => tensor.float_data.len(),
-        Ok(DataType::Complex64) => tensor.float_data.len() / 2,
-        Ok(DataType::Double) => tensor.double_data.len(),
-        Ok(DataType::Complex128) => tensor.double_data.len() / 2,
-        Ok(DataType::Int64) => tensor.int64_data.len(),
-        Ok(DataType::Uint32 | DataType::Uint64) => tensor.uint64_data.len(),
-        Ok(DataType::String) => tensor.string_data.len(),
-        Ok(DataType::Int4 | DataType::Uint4 | DataType::Float4e2m1) => {
+        data_type::FLOAT => tensor.float_data.len(),
+        data_type::COMPLEX64 => tensor.float_data.len() / 2,
+        data_type::DOUBLE => tensor.double_data.len(),
+        data_type::COMPLEX128 => tensor.double_data.len() / 2,
+        data_type::INT64 => tensor.int64_data.len(),
+        data_type::UINT32 | data_type::UINT64 => tensor.uint64_data.len(),
+        data_type::STRING => tensor.string_data.len(),
+        data_type::INT4 | data_type::UINT4 | data_type::FLOAT4E2M1 => {
             let odd = count(&tensor.dims).is_some_and(|n| n % 2 == 1);
             (tensor.int32_data.len() * 2).saturating_sub(usize::from(odd))
         }

@@ -1,13 +1,16 @@
 //! Sessions of onnxruntime's providers: the options each takes, whether it can be had here, and a session of its own
 //! to find out. A provider that was named either works or is an error; nothing falls back to the CPU here.
 
+use dmd_engine::message::{
+    Attribute, Dimension, Graph, Model, Node, OperatorSet, Shape, Tensor, TensorType, Type, ValueInfo,
+    data_type,
+};
 #[cfg(feature = "ort-load")]
 use ort::ep::{self, ExecutionProvider, ExecutionProviderDispatch};
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::TensorRef;
 use prost::Message;
-use tract_onnx::pb;
 
 use crate::generator::Options;
 use crate::library::{self, Library};
@@ -37,7 +40,7 @@ pub(crate) fn in_library(provider: Provider, library: &Library) -> Result<(), St
         Provider::Openvino => ep::OpenVINO::is_available(),
         Provider::Xnnpack => ep::XNNPACK::is_available(),
         Provider::Webgpu => return webgpu(library).map(drop),
-        Provider::Auto | Provider::Tract | Provider::Cpu => Ok(true),
+        Provider::Auto | Provider::Engine | Provider::Tract | Provider::Cpu => Ok(true),
     };
     #[cfg(not(feature = "ort-load"))]
     let built_in: ort::Result<bool> = Ok(provider == Provider::Cpu);
@@ -160,7 +163,7 @@ fn providers(provider: Provider, options: &Options) -> Result<Vec<ExecutionProvi
             vec![ep::XNNPACK::default().with_intra_op_num_threads(threads).build()]
         }
         Provider::Webgpu => vec![ep::WebGPU::default().build()],
-        Provider::Auto | Provider::Tract | Provider::Cpu => Vec::new(),
+        Provider::Auto | Provider::Engine | Provider::Tract | Provider::Cpu => Vec::new(),
     };
     Ok(all.into_iter().map(ExecutionProviderDispatch::error_on_failure).collect())
 }
@@ -202,38 +205,29 @@ fn webgpu(library: &Library) -> Result<Webgpu, String> {
 
 /// A convolution of 3x3, an operator that every provider has.
 fn tiny_model() -> Vec<u8> {
-    use pb::tensor_proto::DataType;
-    use pb::tensor_shape_proto::{Dimension, dimension};
+    const INTS: i32 = 7; // of AttributeProto.AttributeType
     let port = |name: &str| {
-        let dims = [1, 1, SIDE as i64, SIDE as i64];
-        let dim =
-            dims.map(|d| Dimension { value: Some(dimension::Value::DimValue(d)), ..Default::default() });
-        let shape = Some(pb::TensorShapeProto { dim: dim.to_vec() });
-        let tensor = pb::type_proto::Tensor { elem_type: DataType::Float as i32, shape };
-        let value = Some(pb::type_proto::Value::TensorType(tensor));
-        let r#type = Some(pb::TypeProto { value, ..Default::default() });
-        pb::ValueInfoProto { name: name.to_owned(), r#type, ..Default::default() }
+        let dim = [1, 1, SIDE as i64, SIDE as i64].map(|d| Dimension { dim_value: Some(d), dim_param: None });
+        let shape = Some(Shape { dim: dim.to_vec() });
+        let tensor_type = Some(TensorType { elem_type: data_type::FLOAT, shape });
+        ValueInfo { name: name.to_owned(), r#type: Some(Type { tensor_type }) }
     };
-    let weight = pb::TensorProto {
+    let weight = Tensor {
         name: "w".to_owned(),
         dims: vec![1, 1, 3, 3],
-        data_type: DataType::Float as i32,
+        data_type: data_type::FLOAT,
         float_data: vec![0.25; 9],
         ..Default::default()
     };
-    let node = pb::NodeProto {
+    let pads = Attribute { name: "pads".to_owned(), r#type: INTS, ints: vec![1; 4], ..Default::default() };
+    let node = Node {
         op_type: "Conv".to_owned(),
         input: vec!["x".to_owned(), "w".to_owned()],
         output: vec!["y".to_owned()],
-        attribute: vec![pb::AttributeProto {
-            name: "pads".to_owned(),
-            r#type: pb::attribute_proto::AttributeType::Ints as i32,
-            ints: vec![1; 4],
-            ..Default::default()
-        }],
+        attribute: vec![pads],
         ..Default::default()
     };
-    let graph = pb::GraphProto {
+    let graph = Graph {
         name: "probe".to_owned(),
         node: vec![node],
         initializer: vec![weight],
@@ -241,7 +235,6 @@ fn tiny_model() -> Vec<u8> {
         output: vec![port("y")],
         ..Default::default()
     };
-    let opset = pb::OperatorSetIdProto { domain: String::new(), version: 18 };
-    pb::ModelProto { ir_version: 8, opset_import: vec![opset], graph: Some(graph), ..Default::default() }
-        .encode_to_vec()
+    let opset_import = vec![OperatorSet { domain: String::new(), version: 18 }];
+    Model { ir_version: 8, opset_import, graph: Some(graph), ..Default::default() }.encode_to_vec()
 }

@@ -46,7 +46,7 @@ pub enum Error {
     /// The engine refused the model or failed while running it.
     #[error("{engine} cannot run {name}: {message}")]
     Engine {
-        /// `tract` or `onnxruntime`.
+        /// `dmd-engine`, `tract` or `onnxruntime`.
         engine: &'static str,
         /// The file as messages call it.
         name: String,

@@ -5,18 +5,12 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 
-use tract_onnx::pb::tensor_proto::DataLocation;
-use tract_onnx::pb::{GraphProto, TensorProto};
-
-/// Whether a stored value lies in another file.
-pub(crate) fn is_outside(tensor: &TensorProto) -> bool {
-    tensor.data_location == Some(DataLocation::External as i32)
-}
+use dmd_engine::message::{EXTERNAL, Graph, Tensor};
 
 /// Reads every value that lies in a file under `folder`; returns those files, in the order of their names.
-pub(crate) fn attach(graph: &mut GraphProto, folder: &Path) -> Result<Vec<PathBuf>, String> {
+pub(crate) fn attach(graph: &mut Graph, folder: &Path) -> Result<Vec<PathBuf>, String> {
     let mut files: BTreeMap<PathBuf, (File, u64)> = BTreeMap::new();
-    for tensor in graph.initializer.iter_mut().filter(|tensor| is_outside(tensor)) {
+    for tensor in graph.initializer.iter_mut().filter(|tensor| tensor.data_location == EXTERNAL) {
         let place = place(tensor)?;
         let path = folder.join(place.location);
         let unreadable = |e: std::io::Error| {
@@ -50,9 +44,9 @@ pub(crate) fn attach(graph: &mut GraphProto, folder: &Path) -> Result<Vec<PathBu
         let mut values = vec![0; length as usize];
         file.seek(SeekFrom::Start(place.offset)).map_err(unreadable)?;
         file.read_exact(&mut values).map_err(unreadable)?;
-        tensor.raw_data = values;
+        tensor.raw_data = values.into();
         tensor.external_data.clear();
-        tensor.data_location = None;
+        tensor.data_location = 0;
     }
     Ok(files.into_keys().collect())
 }
@@ -64,7 +58,7 @@ struct Place<'a> {
     length: Option<u64>,
 }
 
-fn place(tensor: &TensorProto) -> Result<Place<'_>, String> {
+fn place(tensor: &Tensor) -> Result<Place<'_>, String> {
     let name = &tensor.name;
     let entry = |key: &str| {
         tensor.external_data.iter().find(|entry| entry.key == key).map(|entry| entry.value.as_str())

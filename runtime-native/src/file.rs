@@ -1,19 +1,17 @@
 //! What an ONNX file says about itself: model card, inputs, outputs, sizes; checked before any engine sees it.
 //! The contract and its names are those of `dmd_core::card`. No inference here.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
 use dmd_core::card::{
     CARD_KEY, INPUT_CLASS, INPUT_T, INPUT_X_T, INPUT_Z, ImageSpec, Kind, ModelCard, OUTPUT_X_GEN, output_of,
 };
 use dmd_core::schedule::Prediction;
+use dmd_engine::message::{Dimension, Graph, Model, ValueInfo, data_type};
 use prost::Message;
 use serde::Serialize;
-use tract_onnx::pb::tensor_proto::DataType;
-use tract_onnx::pb::tensor_shape_proto::dimension::Value as DimValue;
-use tract_onnx::pb::{GraphProto, ModelProto, ValueInfoProto, type_proto};
 
 use crate::{Error, Result, checks, external};
 
@@ -21,10 +19,10 @@ use crate::{Error, Result, checks, external};
 pub struct ModelFile {
     /// What the file says about itself.
     pub info: ModelInfo,
-    pub(crate) bytes: Cow<'static, [u8]>,
-    #[cfg_attr(not(feature = "tract"), expect(dead_code, reason = "only tract builds from the messages"))]
-    pub(crate) proto: ModelProto,
-    /// Path of the model, if weights lie in other files; they are in `proto`, not in `bytes`.
+    pub(crate) bytes: Bytes,
+    /// The file's messages; their weights are parts of `bytes`.
+    pub(crate) model: Model,
+    /// Path of the model, if weights lie in other files; they are in `model`, not in `bytes`.
     #[cfg_attr(not(feature = "ort"), expect(dead_code, reason = "only onnxruntime reads the files again"))]
     pub(crate) outside: Option<PathBuf>,
 }
@@ -114,26 +112,26 @@ impl ModelFile {
     }
 
     /// Checks a model in memory; `name` is what messages call it.
-    pub fn parse(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
+    pub fn parse(name: &str, bytes: impl Into<Bytes>) -> Result<Self> {
         Self::parse_at(name, bytes.into(), None)
     }
 
-    fn parse_at(name: &str, bytes: Cow<'static, [u8]>, path: Option<&Path>) -> Result<Self> {
+    fn parse_at(name: &str, bytes: Bytes, path: Option<&Path>) -> Result<Self> {
         let problem = |problem| Error::File { name: name.to_owned(), problem };
         if bytes.is_empty() {
             return Err(problem("the file is empty, expected an ONNX model".to_owned()));
         }
-        let mut proto = ModelProto::decode(&*bytes).map_err(|e| {
+        let mut model = Model::from_bytes(bytes.clone()).map_err(|e| {
             problem(format!("not an ONNX model, or cut off ({e}); got {} bytes", bytes.len()))
         })?;
         let mut data_files = Vec::new();
-        if let (Some(path), Some(graph)) = (path, &mut proto.graph) {
+        if let (Some(path), Some(graph)) = (path, &mut model.graph) {
             let folder = path.parent().unwrap_or(Path::new(""));
             data_files = external::attach(graph, folder).map_err(problem)?;
         }
         let outside = path.filter(|_| !data_files.is_empty()).map(Path::to_owned);
-        let info = describe(name, bytes.len(), &proto).map_err(problem)?;
-        Ok(Self { info: ModelInfo { data_files, ..info }, bytes, proto, outside })
+        let info = describe(name, bytes.len(), &model).map_err(problem)?;
+        Ok(Self { info: ModelInfo { data_files, ..info }, bytes, model, outside })
     }
 }
 
@@ -159,14 +157,14 @@ impl ModelInfo {
     }
 }
 
-fn describe(name: &str, bytes: usize, proto: &ModelProto) -> Result<ModelInfo, String> {
-    let graph = proto.graph.as_ref().ok_or("it holds no graph, expected an ONNX model")?;
-    let card = match proto.metadata_props.iter().find(|p| p.key == CARD_KEY) {
+fn describe(name: &str, bytes: usize, model: &Model) -> Result<ModelInfo, String> {
+    let graph = model.graph.as_ref().ok_or("it holds no graph, expected an ONNX model")?;
+    let card = match model.metadata_props.iter().find(|p| p.key == CARD_KEY) {
         Some(p) => Some(ModelCard::from_json(&p.value).map_err(|e| e.to_string())?),
         None => None,
     };
     check_structure(graph)?;
-    let is_weight = |port: &&ValueInfoProto| graph.initializer.iter().any(|w| w.name == port.name);
+    let is_weight = |port: &&ValueInfo| graph.initializer.iter().any(|w| w.name == port.name);
     let mut inputs = graph.input.iter().filter(|p| !is_weight(p)).map(port).collect::<Result<Vec<_>, _>>()?;
     let mut outputs = graph.output.iter().map(port).collect::<Result<Vec<_>, _>>()?;
     let (kind, output) = assign_roles(card.as_ref(), &mut inputs, &mut outputs)?;
@@ -194,14 +192,14 @@ fn describe(name: &str, bytes: usize, proto: &ModelProto) -> Result<ModelInfo, S
         outputs,
         output,
         batch,
-        opset: proto.opset_import.iter().find(|o| o.domain.is_empty()).map_or(0, |o| o.version),
+        opset: model.opset_import.iter().find(|o| o.domain.is_empty()).map_or(0, |o| o.version),
         operators,
         parameters: stored.iter().filter(|(kind, _)| *kind != "i64").map(|(_, s)| s.values).sum(),
         stored,
     })
 }
 
-fn check_structure(graph: &GraphProto) -> Result<(), String> {
+fn check_structure(graph: &Graph) -> Result<(), String> {
     checks::tensors(graph)?;
     for output in &graph.output {
         let made = graph.node.iter().flat_map(|n| &n.output).any(|o| *o == output.name)
@@ -214,41 +212,39 @@ fn check_structure(graph: &GraphProto) -> Result<(), String> {
     Ok(())
 }
 
-fn port(info: &ValueInfoProto) -> Result<Port, String> {
-    let Some(type_proto::Value::TensorType(tensor)) = info.r#type.as_ref().and_then(|t| t.value.as_ref())
-    else {
+fn port(info: &ValueInfo) -> Result<Port, String> {
+    let Some(tensor) = info.r#type.as_ref().and_then(|t| t.tensor_type.as_ref()) else {
         return Err(format!("`{}` is not a tensor", info.name));
     };
     let dtype = element(tensor.elem_type);
     let dims = tensor.shape.iter().flat_map(|s| &s.dim);
     let shape = dims
-        .map(|d| match &d.value {
-            Some(DimValue::DimValue(v)) => match usize::try_from(*v) {
+        .map(|d| match d {
+            Dimension { dim_value: Some(v), .. } => match usize::try_from(*v) {
                 Ok(v) if (1..=1 << 16).contains(&v) => Ok(Dim::Fixed(v)),
                 _ => Err(format!("`{}` has a dimension of {v}", info.name)),
             },
-            Some(DimValue::DimParam(symbol)) if symbol.len() > checks::MAX_SYMBOL => Err(format!(
+            Dimension { dim_param: Some(symbol), .. } if symbol.len() > checks::MAX_SYMBOL => Err(format!(
                 "`{}` has a dimension whose name has {} bytes, expected at most {}",
                 info.name,
                 symbol.len(),
                 checks::MAX_SYMBOL
             )),
-            Some(DimValue::DimParam(symbol)) => Ok(Dim::Symbol(symbol.clone())),
-            None => Ok(Dim::Symbol("?".to_owned())),
+            Dimension { dim_param: Some(symbol), .. } => Ok(Dim::Symbol(symbol.clone())),
+            _ => Ok(Dim::Symbol("?".to_owned())),
         })
         .collect::<Result<_, _>>()?;
     Ok(Port { name: info.name.clone(), dtype, shape, role: None })
 }
 
 fn element(kind: i32) -> String {
-    match DataType::try_from(kind) {
-        Ok(DataType::Float) => "f32".to_owned(),
-        Ok(DataType::Float16) => "f16".to_owned(),
-        Ok(DataType::Int64) => "i64".to_owned(),
-        Ok(DataType::Int8) => "i8".to_owned(),
-        Ok(DataType::Uint8) => "u8".to_owned(),
-        Ok(other) => other.as_str_name().to_lowercase(),
-        Err(_) => format!("type {kind}"),
+    match kind {
+        data_type::FLOAT => "f32".to_owned(),
+        data_type::FLOAT16 => "f16".to_owned(),
+        data_type::INT64 => "i64".to_owned(),
+        data_type::INT8 => "i8".to_owned(),
+        data_type::UINT8 => "u8".to_owned(),
+        other => data_type::name(other),
     }
 }
 

@@ -12,6 +12,7 @@ use dmd_core::sampler::{Sampler, Trajectory};
 use dmd_core::schedule::Schedule;
 
 use crate::batch::Batch;
+use crate::embedded::Embedded;
 use crate::file::{ModelFile, ModelInfo};
 use crate::providers::{self, Choice, Provider};
 use crate::{Error, Result};
@@ -91,7 +92,8 @@ pub struct Images {
     pub range: [f32; 2],
 }
 
-/// A model loaded into an engine. Threads share it: tract runs their requests side by side, onnxruntime in turn.
+/// A model loaded into an engine. Threads share it: engines compiled in run their requests side by side, onnxruntime in
+/// turn.
 pub struct Generator {
     info: ModelInfo,
     choice: Choice,
@@ -100,8 +102,7 @@ pub struct Generator {
 
 /// What runs the network.
 pub(crate) enum Engine {
-    #[cfg(feature = "tract")]
-    Tract(crate::tract::Tract),
+    Embedded(Embedded),
     #[cfg(feature = "ort")]
     Ort(Mutex<crate::ort::Ort>),
 }
@@ -167,8 +168,7 @@ impl Generator {
             return Err(Error::Request(format!("got {got:?} values, expected those of {} images", batch.n)));
         }
         match &self.engine {
-            #[cfg(feature = "tract")]
-            Engine::Tract(engine) => engine.run(batch),
+            Engine::Embedded(engine) => engine.run(batch),
             #[cfg(feature = "ort")]
             Engine::Ort(engine) => engine.lock().unwrap_or_else(PoisonError::into_inner).run(batch),
         }
@@ -192,15 +192,9 @@ impl Generator {
         let len = self.info.image_len();
         let mut values = allocate(request.count, len)?;
         match &self.engine {
-            #[cfg(feature = "tract")]
-            Engine::Tract(engine) => {
-                use rayon::prelude::*;
-                let batch = self.info.batch.unwrap_or(1);
-                engine.pool().install(|| {
-                    let parts = values.par_chunks_mut(batch * len).enumerate();
-                    parts.try_for_each(|(i, x)| plan.sample(i * batch, x, &mut |b| engine.run(b), progress))
-                })?;
-            }
+            Engine::Embedded(engine) => engine.for_each(&mut values, len, |start, x| {
+                plan.sample(start, x, &mut |b| engine.run(b), progress)
+            })?,
             #[cfg(feature = "ort")]
             Engine::Ort(engine) => {
                 let pixels = self.info.image.height * self.info.image.width;

@@ -1,5 +1,5 @@
-//! Runs one-step generators and teachers from ONNX files on this machine: tract compiled in, onnxruntime loaded at
-//! run time. Knows no training and no candle; what must agree with the other runtimes comes from `dmd-core`.
+//! Runs one-step generators and teachers from ONNX files on this machine: the project's engine and tract compiled in,
+//! onnxruntime loaded at run time. Knows no training and no candle; what must agree with the other runtimes comes from `dmd-core`.
 //!
 //! ```
 //! use dmd_runtime_native::{Class, Generator, Options};
@@ -14,8 +14,6 @@
 //! # }
 //! ```
 
-#[cfg(not(any(feature = "ort", feature = "tract")))]
-compile_error!("a build needs an engine: enable the feature `ort-load`, `ort-download` or `tract`");
 #[cfg(all(feature = "ort", not(any(feature = "ort-load", feature = "ort-download"))))]
 compile_error!("onnxruntime is either loaded or linked: enable the feature `ort-load` or `ort-download`");
 #[cfg(all(feature = "ort-load", feature = "ort-download"))]
@@ -35,6 +33,8 @@ pub mod verify;
 mod checks;
 #[cfg(feature = "ort")]
 mod devices;
+mod embedded;
+mod engine;
 mod error;
 mod external;
 #[cfg(feature = "tract")]

@@ -79,7 +79,7 @@ fn find(explicit: Option<&Path>) -> Result<Library, Missing> {
         });
     }
     let path = std::env::current_exe().unwrap_or_default();
-    let failed = |e: ort::Error| Missing { reason: e.to_string(), remedy: "`--provider tract`".to_owned() };
+    let failed = |e: ort::Error| Missing { reason: e.to_string(), remedy: "`--provider engine`".to_owned() };
     started(ort::init(), path).map_err(failed)
 }
 

@@ -133,8 +133,8 @@ struct SampleArgs {
     /// class k mod number of classes]
     #[arg(long, value_name = "C")]
     class: Option<String>,
-    /// What runs the network; auto is cuda, cpu or tract, whichever is first to be usable; the others are taken where
-    /// they are named
+    /// What runs the network; auto is cuda, engine, cpu or tract, whichever is first to be usable; the others are taken
+    /// where they are named
     #[arg(long, default_value = "auto", hide_possible_values = false, value_parser = provider())]
     provider: Provider,
     /// Threads [default: one per core]

@@ -5,19 +5,26 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
+use crate::embedded::Embedded;
+use crate::engine;
 use crate::file::ModelFile;
 use crate::generator::{Engine, Options};
+#[cfg(feature = "tract")]
+use crate::tract;
 use crate::{Error, Result};
 
 /// What runs the network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Provider {
-    /// `cuda` if usable, else `cpu` if an onnxruntime library is found, else `tract`: the fastest of those that compute
-    /// in f32 throughout, without building an engine first. The others are taken where they are named.
+    /// `cuda` if usable, else `engine`, or for a file that this one does not run `cpu` if an onnxruntime library is found,
+    /// else `tract`: the fastest of those that compute in f32 throughout, without building an engine first. The others
+    /// are taken where they are named. With [`Options::ort_lib`], `cuda` or `cpu`.
     #[default]
     Auto,
-    /// The engine compiled into this crate.
+    /// The project's own engine, compiled into this crate: files of `dmd-export`.
+    Engine,
+    /// tract, compiled into this crate: other ONNX files too.
     Tract,
     /// onnxruntime on the CPU.
     Cpu,
@@ -69,10 +76,13 @@ pub struct Status {
 
 impl Provider {
     /// The names, in the order of the enum.
-    pub const NAMES: [&str; 10] =
-        ["auto", "tract", "cpu", "cuda", "tensorrt", "coreml", "directml", "openvino", "xnnpack", "webgpu"];
+    pub const NAMES: [&str; 11] = [
+        "auto", "engine", "tract", "cpu", "cuda", "tensorrt", "coreml", "directml", "openvino", "xnnpack",
+        "webgpu",
+    ];
     /// The real ones.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
+        Self::Engine,
         Self::Tract,
         Self::Cpu,
         Self::Cuda,
@@ -92,11 +102,16 @@ impl Provider {
     /// Whether this build knows it.
     pub fn compiled(self) -> bool {
         match self {
-            Self::Auto => true,
+            Self::Auto | Self::Engine => true,
             Self::Tract => cfg!(feature = "tract"),
             Self::Cpu => cfg!(feature = "ort"),
             _ => cfg!(feature = "ort-load"),
         }
+    }
+
+    /// Whether it is an engine inside the program, which needs no library.
+    pub fn embedded(self) -> bool {
+        matches!(self, Self::Engine | Self::Tract)
     }
 }
 
@@ -126,7 +141,9 @@ fn status(provider: Provider, options: &Options) -> Status {
     let compiled = provider.compiled();
     let (engine, in_library, result) = match provider {
         _ if !compiled => (None, None, Err(not_compiled(provider))),
-        Provider::Tract => (Some(tract_name()), None, Ok(())),
+        Provider::Engine => (Some(compiled_in(engine::NAME)), None, Ok(())),
+        #[cfg(feature = "tract")]
+        Provider::Tract => (Some(compiled_in(tract::NAME)), None, Ok(())),
         _ => probe(provider, options),
     };
     let (reason, remedy) = match result {
@@ -152,6 +169,15 @@ fn probe(provider: Provider, _: &Options) -> (Option<String>, Option<bool>, Resu
     (None, None, Err(not_compiled(provider)))
 }
 
+/// Whether an embedded engine runs a file; the reason if not.
+pub fn runs(provider: Provider, file: &ModelFile, options: &Options) -> Result<()> {
+    match provider {
+        Provider::Engine => open_named(provider, file, options).map(drop),
+        Provider::Tract if file.info.in_integers() => open_named(provider, file, options).map(drop),
+        _ => Ok(()),
+    }
+}
+
 /// Loads the model into the engine that `options` ask for.
 pub(crate) fn open(file: &ModelFile, options: &Options) -> Result<(Engine, Choice)> {
     if options.trt_cache.is_some() && options.provider != Provider::Tensorrt {
@@ -160,10 +186,11 @@ pub(crate) fn open(file: &ModelFile, options: &Options) -> Result<(Engine, Choic
             options.provider
         )));
     }
-    if options.ort_lib.is_some() && options.provider == Provider::Tract {
-        return Err(Error::Request(
-            "got an onnxruntime library for the provider `tract`, which uses none".to_owned(),
-        ));
+    if options.ort_lib.is_some() && options.provider.embedded() {
+        return Err(Error::Request(format!(
+            "got an onnxruntime library for the provider `{}`, which uses none",
+            options.provider
+        )));
     }
     match options.provider {
         Provider::Auto => open_auto(file, options),
@@ -171,40 +198,50 @@ pub(crate) fn open(file: &ModelFile, options: &Options) -> Result<(Engine, Choic
     }
 }
 
-#[cfg(not(feature = "ort"))]
 fn open_auto(file: &ModelFile, options: &Options) -> Result<(Engine, Choice)> {
-    open_named(Provider::Tract, file, options)
-}
-
-#[cfg(feature = "ort")]
-fn open_auto(file: &ModelFile, options: &Options) -> Result<(Engine, Choice)> {
+    let named = options.ort_lib.is_some(); // then it is to run the file
     let mut passed_over = Vec::new();
+    let mut order = Vec::new();
+    #[cfg(feature = "ort")]
     match crate::library::load(options.ort_lib.as_deref()) {
         Ok(library) => {
             if Provider::Cuda.compiled() && crate::devices::in_library(Provider::Cuda, &library).is_ok() {
-                match open_named(Provider::Cuda, file, options) {
-                    Err(Error::Provider { reason, .. }) => passed_over.push(format!("cuda: {reason}")),
-                    other => return other,
-                }
+                order.push(Provider::Cuda);
             }
-            let (engine, choice) = open_named(Provider::Cpu, file, options)?;
-            return Ok((engine, Choice { passed_over, ..choice }));
+            order.push(Provider::Cpu);
         }
-        Err(problem) if options.ort_lib.is_some() || !Provider::Tract.compiled() => {
-            return Err(problem.for_provider(Provider::Cpu));
-        }
+        Err(problem) if named => return Err(problem.for_provider(Provider::Cpu)),
         Err(problem) => passed_over.push(format!("onnxruntime: {}", problem.reason)),
     }
-    let (engine, choice) = open_named(Provider::Tract, file, options)?;
-    Ok((engine, Choice { passed_over, ..choice }))
+    if !named {
+        let on_gpu = usize::from(order.first() == Some(&Provider::Cuda));
+        order.insert(on_gpu, Provider::Engine);
+        order.extend(Provider::Tract.compiled().then_some(Provider::Tract));
+    }
+    let mut failed = not_compiled(Provider::Cpu);
+    for provider in order {
+        match open_named(provider, file, options) {
+            Ok((engine, choice)) => return Ok((engine, Choice { passed_over, ..choice })),
+            Err(error) => {
+                passed_over
+                    .push(format!("{provider}: {}", error.to_string().lines().next().unwrap_or_default()));
+                failed = error;
+            }
+        }
+    }
+    Err(failed)
 }
 
 fn open_named(provider: Provider, file: &ModelFile, options: &Options) -> Result<(Engine, Choice)> {
     match provider {
+        Provider::Engine => {
+            let own = Embedded::open(engine::NAME, file, options, engine::Own::open)?;
+            Ok((Engine::Embedded(own), chosen(provider, compiled_in(engine::NAME))))
+        }
         #[cfg(feature = "tract")]
         Provider::Tract => {
-            let engine = crate::tract::Tract::open(file, options)?;
-            Ok((Engine::Tract(engine), Choice { provider, engine: tract_name(), passed_over: Vec::new() }))
+            let tract = Embedded::open(tract::NAME, file, options, tract::Tract::open)?;
+            Ok((Engine::Embedded(tract), chosen(provider, compiled_in(tract::NAME))))
         }
         #[cfg(feature = "ort")]
         Provider::Cpu => open_ort(provider, file, options),
@@ -223,7 +260,7 @@ fn open_named(provider: Provider, file: &ModelFile, options: &Options) -> Result
 #[cfg(feature = "ort")]
 fn open_ort(provider: Provider, file: &ModelFile, options: &Options) -> Result<(Engine, Choice)> {
     let (engine, name) = crate::ort::Ort::open(provider, file, options)?;
-    Ok((Engine::Ort(engine.into()), Choice { provider, engine: name, passed_over: Vec::new() }))
+    Ok((Engine::Ort(engine.into()), chosen(provider, name)))
 }
 
 fn not_compiled(provider: Provider) -> Error {
@@ -235,6 +272,10 @@ fn not_compiled(provider: Provider) -> Error {
     }
 }
 
-fn tract_name() -> String {
-    "tract, compiled in".to_owned()
+fn chosen(provider: Provider, engine: String) -> Choice {
+    Choice { provider, engine, passed_over: Vec::new() }
+}
+
+fn compiled_in(name: &str) -> String {
+    format!("{name}, compiled in")
 }

@@ -32,7 +32,9 @@ pub(crate) fn other_library(provider: Provider) -> String {
                     name the library with --ort-lib; no package has it"
                 .to_owned();
         }
-        Provider::Auto | Provider::Tract | Provider::Cpu | Provider::Coreml => "onnxruntime",
+        Provider::Auto | Provider::Engine | Provider::Tract | Provider::Cpu | Provider::Coreml => {
+            "onnxruntime"
+        }
     };
     format!("`pip install {package}` in a virtual environment of its own, active or named with --ort-lib")
 }

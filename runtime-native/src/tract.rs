@@ -1,41 +1,37 @@
-//! tract as an engine: compiled in, no library to find. Where the file allows it, its plan takes one image at a time,
-//! which is both faster than its batches and independent of them; plans run in parallel on the threads asked for.
+//! tract as an engine: ONNX's other operators too, for files that `dmd-export` did not write.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use prost::Message;
+use tract_onnx::pb::ModelProto;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::optim::Optimizer;
 
 use crate::batch::Batch;
+use crate::embedded::{self, guarded};
 use crate::file::{ModelFile, Role};
-use crate::generator::Options;
 use crate::{Error, Result, memory};
+
+/// What messages call it.
+pub(crate) const NAME: &str = "tract";
 
 /// Names of the passes that [`declutter`] leaves out.
 const NOT_NEEDED: [&str; 4] = ["ChangeAxes", "PropagateUniformTdim", "PropagateRoi", "FoldUniformMask"];
 
-/// A plan for one image, or for as many as the file fixes.
+/// A plan for as many images as one call takes.
 pub(crate) struct Tract {
     plan: Arc<TypedRunnableModel>,
     name: String,
     roles: Vec<Option<Role>>,
     output: usize,
     image: [usize; 3],
-    batch: usize,
-    pool: rayon::ThreadPool,
 }
 
 impl Tract {
-    /// Optimises a model for its number of images per call.
-    pub fn open(file: &ModelFile, options: &Options) -> Result<Self> {
+    /// Optimises a model for `batch` images.
+    pub fn open(file: &ModelFile, batch: usize) -> Result<Self> {
         let info = &file.info;
-        if info.in_integers() {
-            let problem = "its activations are 8-bit integers, which tract rounds otherwise than ONNX says\n\n\
-                           hint: run it with onnxruntime (`--provider cpu`), or export the model with `--dtype int8`";
-            return Err(Error::File { name: info.name.clone(), problem: problem.to_owned() });
-        }
-        let mut nodes = file.proto.graph.iter().flat_map(|graph| &graph.node);
+        let mut nodes = file.model.graph.iter().flat_map(|graph| &graph.node);
         if let Some(node) =
             nodes.find(|node| node.attribute.iter().any(|a| a.g.is_some() || !a.graphs.is_empty()))
         {
@@ -46,11 +42,11 @@ impl Tract {
             );
             return Err(Error::File { name: info.name.clone(), problem });
         }
-        let ([c, h, w], batch) = (info.image_shape(), info.batch.unwrap_or(1));
+        let [c, h, w] = info.image_shape();
         let roles: Vec<Option<Role>> = info.inputs.iter().map(|p| p.role).collect();
         let build = || -> TractResult<Arc<TypedRunnableModel>> {
             let onnx = tract_onnx::onnx().with_ignore_value_info(true);
-            let mut model = onnx.model_for_proto_model(&file.proto)?;
+            let mut model = onnx.model_for_proto_model(&messages(file)?)?;
             for (i, role) in roles.iter().enumerate() {
                 let fact = match role {
                     Some(Role::Image) => f32::fact([batch, c, h, w]),
@@ -65,24 +61,8 @@ impl Tract {
             model.optimize()?;
             model.into_runnable()
         };
-        let plan = guarded(build).map_err(|e| engine_error(&info.name, &e))?;
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(options.threads())
-            .build()
-            .map_err(|e| Error::Request(format!("cannot start {} threads: {e}", options.threads())))?;
-        let image = info.image_shape();
-        Ok(Self { plan, name: info.name.clone(), roles, output: info.output, image, batch, pool })
-    }
-
-    /// The threads that images are spread over.
-    pub fn pool(&self) -> &rayon::ThreadPool {
-        &self.pool
-    }
-
-    /// Runs any number of images, in parallel.
-    pub fn run(&self, batch: &Batch) -> Result<Vec<f32>> {
-        let run = |part: &Batch| guarded(|| self.evaluate(part)).map_err(|e| engine_error(&self.name, &e));
-        self.pool.install(|| batch.in_parallel_parts(self.batch, run))
+        let plan = guarded(|| build().map_err(in_full)).map_err(|e| failed(&info.name, e))?;
+        Ok(Self { plan, name: info.name.clone(), roles, output: info.output, image: info.image_shape() })
     }
 
     fn evaluate(&self, batch: &Batch) -> TractResult<Vec<f32>> {
@@ -104,6 +84,26 @@ impl Tract {
     }
 }
 
+impl embedded::Network for Tract {
+    fn run(&self, batch: &Batch) -> Result<Vec<f32>> {
+        guarded(|| self.evaluate(batch).map_err(in_full)).map_err(|e| failed(&self.name, e))
+    }
+}
+
+/// The file in tract's own messages, with the values that lie in other files.
+fn messages(file: &ModelFile) -> TractResult<ModelProto> {
+    let mut proto = ModelProto::decode(&*file.bytes)?;
+    if file.outside.is_some() {
+        let weights = file.model.graph.iter().flat_map(|graph| &graph.initializer);
+        for (own, read) in proto.graph.iter_mut().flat_map(|graph| &mut graph.initializer).zip(weights) {
+            own.raw_data = read.raw_data.to_vec();
+            own.external_data.clear();
+            own.data_location = None;
+        }
+    }
+    Ok(proto)
+}
+
 /// tract's simplifications without those that find nothing to do in a denoiser, but take half of the time: moving
 /// axes (its image layout stays as it is), masks and regions of interest of transformers. Plans are as fast, and
 /// compute the same to the bit.
@@ -116,17 +116,12 @@ fn declutter() -> Optimizer {
     optimizer
 }
 
-/// tract panics on some graphs that no exporter writes; that becomes an error like any other.
-fn guarded<T>(work: impl FnOnce() -> TractResult<T>) -> TractResult<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
-        let words = panic.downcast_ref::<String>().map(String::as_str);
-        let words = words.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
-        Err(TractError::msg(format!("it panicked: {words}")))
-    })
+fn in_full(error: TractError) -> String {
+    format!("{error:#}")
 }
 
-fn engine_error(name: &str, error: &TractError) -> Error {
-    Error::Engine { engine: "tract", name: name.to_owned(), message: format!("{error:#}") }
+fn failed(name: &str, message: String) -> Error {
+    Error::Engine { engine: NAME, name: name.to_owned(), message }
 }
 
 #[cfg(test)]

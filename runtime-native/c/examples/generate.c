@@ -81,7 +81,7 @@ int main(int argc, char **argv) {
         fprintf(stderr, "error: expected at least one image for every thread\n");
         return 2;
     }
-    if (dmd_open(argv[1], "tract", 0, NULL, &generator) != DMD_STATUS_OK) {
+    if (dmd_open(argv[1], "engine", 0, NULL, &generator) != DMD_STATUS_OK) {
         return failed("cannot open the model");
     }
     fprintf(stderr, "%s\n", dmd_info(generator));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use dmd_runtime_native::bench::{Inputs, Plan, Row, Times, bench as measure};
-use dmd_runtime_native::{Generator, Options, Provider, providers};
+use dmd_runtime_native::{Generator, Options, Provider};
 use serde::Serialize;
 
 use super::sample::Report;
@@ -40,15 +40,15 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     if args.on_request {
         return answer(args, file, &options, &threads);
     }
-    let providers = if args.provider.is_empty() { usable(&options) } else { args.provider.clone() };
-    let mut list = Vec::new();
-    for provider in providers {
-        if provider == Provider::Tract && args.provider.is_empty() && file.info.in_integers() {
-            eprintln!("not run: tract: it does not compute in 8-bit integers");
-        } else if !list.contains(&provider) {
-            list.push(provider);
+    let mut list =
+        if args.provider.is_empty() { super::usable(&file, &options) } else { args.provider.clone() };
+    let mut seen = Vec::new();
+    list.retain(|provider| {
+        !seen.contains(provider) && {
+            seen.push(*provider);
+            true
         }
-    }
+    });
     let time = Duration::try_from_secs_f64(args.seconds).context("--seconds")?;
     let batches = args.batch.iter().map(|n| usize::from(*n)).collect();
     let plan = Plan { providers: list, threads, batches, time };
@@ -73,14 +73,6 @@ fn default_threads(options: &Options) -> Vec<usize> {
     threads
 }
 
-fn usable(options: &Options) -> Vec<Provider> {
-    let (usable, rest): (Vec<_>, Vec<_>) = providers::list(options).into_iter().partition(|s| s.usable);
-    for status in rest {
-        eprintln!("not run: {}: {}", status.provider, status.reason.unwrap_or_default());
-    }
-    usable.into_iter().map(|status| status.provider).collect()
-}
-
 /// Times whole processes, in turn.
 fn starts(args: &BenchArgs, plan: &Plan) -> anyhow::Result<Vec<Start>> {
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
@@ -95,7 +87,7 @@ fn starts(args: &BenchArgs, plan: &Plan) -> anyhow::Result<Vec<Start>> {
             command.args(&args.model).args(["--provider", provider.name(), "--force"]);
             command.args(["--threads", &threads.to_string()]);
             command.arg("--output").arg(folder.path().join("image.png")).arg("--report").arg(&report);
-            if let Some(library) = args.ort_lib.as_ref().filter(|_| *provider != Provider::Tract) {
+            if let Some(library) = args.ort_lib.as_ref().filter(|_| !provider.embedded()) {
                 command.arg("--ort-lib").arg(library);
             }
             let start = Instant::now();

@@ -32,7 +32,7 @@ pub fn providers(ort_lib: Option<PathBuf>, json: bool) -> anyhow::Result<()> {
         let yes_no = |yes: bool| if yes { "yes" } else { "no" };
         let library = match (&status.engine, status.in_library) {
             (_, Some(there)) => yes_no(there),
-            (Some(_), None) => "none", // tract needs none
+            (Some(_), None) => "none", // engines compiled in need none
             (None, None) => "missing",
         };
         writeln!(

@@ -12,7 +12,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::process::ExitCode;
 
-use dmd_runtime_native::{BUNDLED, BUNDLED_NAME, ModelFile};
+use dmd_runtime_native::{BUNDLED, BUNDLED_NAME, ModelFile, Options, Provider, providers};
 
 pub use bench::bench;
 pub use describe::{info, providers};
@@ -46,6 +46,23 @@ fn open_model(path: Option<&Path>) -> dmd_runtime_native::Result<ModelFile> {
         None if default.exists() => ModelFile::read(default),
         None => ModelFile::parse(BUNDLED_NAME, BUNDLED),
     }
+}
+
+/// The providers that run a model on this machine; those that do not are named on stderr.
+fn usable(file: &ModelFile, options: &Options) -> Vec<Provider> {
+    let mut usable = Vec::new();
+    for status in providers::list(options) {
+        let reason = match (status.usable, providers::runs(status.provider, file, options)) {
+            (false, _) => status.reason.unwrap_or_default(),
+            (true, Err(error)) => error.to_string().lines().next().unwrap_or_default().to_owned(),
+            (true, Ok(())) => {
+                usable.push(status.provider);
+                continue;
+            }
+        };
+        eprintln!("not run: {}: {reason}", status.provider);
+    }
+    usable
 }
 
 /// Prints an error; a reader that closed the pipe is none.

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use dmd_core::golden::EXTENSION;
 use dmd_runtime_native::verify::{Golden, Parity, Verification, verify as run};
-use dmd_runtime_native::{ModelFile, Options, Provider, providers};
+use dmd_runtime_native::{ModelFile, Options, Provider};
 
 use crate::VerifyArgs;
 
@@ -31,19 +31,7 @@ pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     };
     let wanted: Vec<Provider> = match args.provider {
         Some(provider) => vec![provider],
-        None => {
-            let (usable, rest): (Vec<_>, Vec<_>) =
-                providers::list(&options).into_iter().partition(|s| s.usable);
-            for status in rest {
-                eprintln!("not run: {}: {}", status.provider, status.reason.unwrap_or_default());
-            }
-            let mut usable: Vec<Provider> = usable.into_iter().map(|status| status.provider).collect();
-            if model.info.in_integers() {
-                eprintln!("not run: tract: it does not compute in 8-bit integers");
-                usable.retain(|provider| *provider != Provider::Tract);
-            }
-            usable
-        }
+        None => super::usable(&model, &options),
     };
     if wanted.is_empty() {
         bail!("no provider is usable\n\nhint: `dmd-run providers` says why");

@@ -1,0 +1,75 @@
+//! `dmd-engine` as an engine: the operators that `dmd-export` writes, the same code as in browsers.
+
+use std::sync::{Mutex, PoisonError};
+
+use dmd_engine::{Input, Network, Workspace};
+
+use crate::batch::Batch;
+use crate::embedded::{self, guarded};
+use crate::file::{ModelFile, Role};
+use crate::{Error, Result};
+
+/// What messages call it.
+pub(crate) const NAME: &str = "dmd-engine";
+
+/// A network for as many images as one call takes.
+pub(crate) struct Own {
+    network: Network,
+    /// Memory of the threads that are not running now.
+    workspaces: Mutex<Vec<Workspace>>,
+    name: String,
+    roles: Vec<Option<Role>>,
+}
+
+impl Own {
+    /// Builds the network for `batch` images.
+    pub fn open(file: &ModelFile, batch: usize) -> Result<Self> {
+        let info = &file.info;
+        let [c, h, w] = info.image_shape();
+        let (image, each) = ([batch, c, h, w], [batch]);
+        let inputs = info.inputs.iter().map(|port| Input {
+            name: &port.name,
+            shape: if port.role == Some(Role::Image) { &image } else { &each },
+        });
+        let inputs: Vec<Input> = inputs.collect();
+        let output = info.outputs[info.output].name.as_str();
+        let build = || Network::build(file.model.clone(), &inputs, &[output]).map_err(|e| e.to_string());
+        let network = guarded(build).map_err(|e| failed(&info.name, e))?;
+        if network.output_shapes().next() != Some(&image[..]) {
+            let got: Vec<_> = network.output_shapes().collect();
+            let problem = format!("`{output}` has shape {got:?}, expected {image:?}");
+            return Err(Error::File { name: info.name.clone(), problem });
+        }
+        let roles = info.inputs.iter().map(|port| port.role).collect();
+        Ok(Self { network, workspaces: Mutex::default(), name: info.name.clone(), roles })
+    }
+}
+
+impl embedded::Network for Own {
+    fn run(&self, batch: &Batch) -> Result<Vec<f32>> {
+        let class: Vec<f32> = batch.class.iter().map(|class| *class as f32).collect();
+        let inputs: Vec<&[f32]> = self
+            .roles
+            .iter()
+            .map(|role| match role {
+                Some(Role::Image) => batch.x,
+                Some(Role::Class) => &class,
+                _ => batch.t,
+            })
+            .collect();
+        let waiting = || self.workspaces.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = waiting().pop();
+        let mut workspace = idle.unwrap_or_else(|| self.network.workspace());
+        let run = || {
+            let outputs = self.network.run(&mut workspace, &inputs).map_err(|e| e.to_string())?;
+            Ok(outputs[0].to_vec())
+        };
+        let output = guarded(run).map_err(|e| failed(&self.name, e))?;
+        waiting().push(workspace);
+        Ok(output)
+    }
+}
+
+fn failed(name: &str, message: String) -> Error {
+    Error::Engine { engine: NAME, name: name.to_owned(), message }
+}
