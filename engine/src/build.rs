@@ -82,7 +82,7 @@ pub(crate) fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<
     let graph = model.graph.ok_or_else(|| Error::Graph("the file holds no graph".to_owned()))?;
     let mut builder = Builder::default();
     for tensor in graph.initializer {
-        builder.names.insert(tensor.name.clone(), Value::Stored(Arc::new(Stored::File(tensor))));
+        builder.names.insert(tensor.name.clone(), Value::Stored(Arc::new(Stored::File(Box::new(tensor)))));
     }
     let mut values = Vec::with_capacity(inputs.len());
     for input in inputs {

@@ -94,7 +94,7 @@ impl Builder {
         if node.op_type == "Constant" {
             let value = node.attribute.iter().find(|a| a.name == "value").and_then(|a| a.t.clone());
             let value = value.ok_or_else(|| node.wrong("the attribute `value` is missing"))?;
-            return Ok(Value::Stored(Arc::new(Stored::File(value))));
+            return Ok(Value::Stored(Arc::new(Stored::File(Box::new(value)))));
         }
         let (x, scale, zero) = (self.stored(node, 0)?, self.stored(node, 1)?, self.optional_stored(node, 2)?);
         let axis = node.axis(node.int("axis", 1), x.shape().len().max(2))?;

@@ -10,7 +10,7 @@ use crate::message::{self, EXTERNAL, data_type};
 #[derive(Clone, Debug)]
 pub enum Stored {
     /// As they are in the file.
-    File(message::Tensor),
+    File(Box<message::Tensor>),
     /// Computed from others: shape and values.
     Floats(Vec<usize>, Vec<f32>),
 }
