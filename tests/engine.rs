@@ -8,7 +8,7 @@ use dmd_engine::message::Model;
 use dmd_engine::{Input, Network};
 use dmd_export::{Array, Checkpoint, Form, Kind, Precision, export_in};
 use dmd_runtime_native::{Batch, ModelFile, Options, Provider};
-use dmd_tests::{Golden, compare, fixture, seeded};
+use dmd_tests::{Golden, compare, fixture, repository, seeded};
 
 /// As in tests/export.rs.
 const GOLDEN: Tolerance = Tolerance { abs: 1e-4, rel: 0.0 };
@@ -90,5 +90,22 @@ fn every_file_computes_what_tract_computes() -> Result<()> {
         }
     }
     ensure!(compared == 4 * (7 + 9), "{compared} comparisons");
+    Ok(())
+}
+
+#[test]
+fn threads_change_no_bit_of_the_bundled_generator() -> Result<()> {
+    let bytes = std::fs::read(repository().join("assets/one-step-fashion.onnx"))?;
+    let shape = ModelFile::parse("bundled", bytes.clone())?.info.image_shape();
+    let mut x = vec![0.0; shape.iter().product()];
+    standard_normal(3, 1, &mut x);
+    let batch = Batch { n: 1, x: &x, t: &[0.0], class: &[7] };
+    let on = |threads| -> Result<Vec<u32>> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        let image = pool.install(|| by_engine(&bytes, 1, &shape, &batch))?;
+        Ok(image.into_iter().map(f32::to_bits).collect())
+    };
+    let one = on(1)?;
+    ensure!(one.len() == x.len() && on(2)? == one && on(3)? == one, "the image depends on the threads");
     Ok(())
 }

@@ -18,7 +18,7 @@ pub struct Input<'a> {
 /// Numbers that the memory of one thread may have: 4 GiB.
 const MAX_MEMORY: usize = 1 << 30;
 
-/// A network for inputs of one shape. It never changes; each thread that runs it has a [`Workspace`] of its own.
+/// A network for inputs of one shape. It never changes; each run at the same time has a [`Workspace`] of its own.
 pub struct Network {
     steps: Vec<Placed>,
     buffers: Vec<usize>,
@@ -27,7 +27,10 @@ pub struct Network {
     scratch: usize,
 }
 
-/// The memory of one thread.
+/// Floats of a cache line.
+const ALIGNMENT: usize = 16;
+
+/// The memory of one run at a time.
 pub struct Workspace {
     buffers: Vec<Vec<f32>>,
     scratch: Vec<f32>,
@@ -61,6 +64,9 @@ impl Network {
     pub fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<Self> {
         let built = build::build(model, inputs, outputs)?;
         let sizes = &built.sizes;
+        if let Some(step) = built.steps.iter().find(|step| sizes[step.output] == 0) {
+            return Err(Error::Graph(format!("node `{}`: gives no values, expected some", step.node)));
+        }
         let mut last = vec![0; sizes.len()];
         for (i, step) in built.steps.iter().enumerate() {
             for input in &step.inputs {
@@ -132,7 +138,7 @@ impl Network {
     /// Memory for running it.
     pub fn workspace(&self) -> Workspace {
         let buffers = self.buffers.iter().map(|&size| vec![0.0; size]).collect();
-        Workspace { buffers, scratch: vec![0.0; self.scratch] }
+        Workspace { buffers, scratch: vec![0.0; self.scratch + ALIGNMENT] }
     }
 
     /// The shapes of the outputs.
@@ -142,10 +148,16 @@ impl Network {
 
     /// Runs it; the outputs lie in `workspace` until its next run.
     ///
+    /// With the feature `threads` all threads of the rayon pool take part in which this is called (`pool.install`); one that waits
+    /// for the others may begin another task of the pool, so hold nothing locked that such a task needs.
+    ///
     /// # Errors
     /// Inputs of another size, an index that is out of range.
     pub fn run<'a>(&self, workspace: &'a mut Workspace, inputs: &[&[f32]]) -> Result<Vec<&'a [f32]>> {
         let Workspace { buffers, scratch } = workspace;
+        // Vectors of panels then never lie across two cache lines.
+        let skipped = scratch.as_ptr().align_offset(size_of::<f32>() * ALIGNMENT);
+        let scratch = scratch.get_mut(skipped..).unwrap_or_default();
         let expected: Vec<usize> = self.inputs.iter().map(|place| place.len).collect();
         let got: Vec<usize> = inputs.iter().map(|input| input.len()).collect();
         if got != expected {
@@ -176,6 +188,15 @@ impl Network {
             buffers[buffer] = out;
         }
         Ok(self.outputs.iter().map(|(place, _)| &buffers[place.buffer][..place.len]).collect())
+    }
+
+    /// The same on the calling thread alone: for runs beside each other, one on every thread of a pool.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    #[cfg(feature = "threads")]
+    pub fn run_alone<'a>(&self, workspace: &'a mut Workspace, inputs: &[&[f32]]) -> Result<Vec<&'a [f32]>> {
+        crate::parallel::alone(|| self.run(workspace, inputs))
     }
 }
 

@@ -6,6 +6,7 @@ use crate::kernels::norm::{GroupNorm, scale_channels, softmax};
 use crate::kernels::pointwise::{Binary, Repeat, Unary, combine};
 use crate::kernels::shape::{Pool, broadcast, concat, enlarge, slice, transpose};
 use crate::kernels::simd::{sum, vectorised};
+use crate::parallel;
 
 /// An operator that can run. Sizes are those of one call.
 pub enum Operator {
@@ -131,16 +132,21 @@ impl Operator {
 
 fn linear(x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) {
     let depth = weight.len() / bias.len().max(1);
-    vectorised(
-        #[inline(always)]
-        || {
-            for (x, out) in x.chunks_exact(depth).zip(out.chunks_exact_mut(bias.len())) {
-                for ((out, weight), bias) in out.iter_mut().zip(weight.chunks_exact(depth)).zip(bias) {
-                    *out = bias + dot(x, weight);
-                }
-            }
-        },
-    );
+    let parts = parallel::parts(weight.len());
+    let each = bias.len().div_ceil(parts).max(1);
+    for (x, out) in x.chunks_exact(depth).zip(out.chunks_exact_mut(bias.len())) {
+        let tasks = out.chunks_mut(each).zip(weight.chunks(each * depth)).zip(bias.chunks(each));
+        parallel::each(parts, tasks, |((out, weight), bias)| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for ((out, weight), bias) in out.iter_mut().zip(weight.chunks_exact(depth)).zip(bias) {
+                        *out = bias + dot(x, weight);
+                    }
+                },
+            );
+        });
+    }
 }
 
 #[inline(always)]
@@ -157,7 +163,6 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 fn matmul([rows, depth, columns]: [usize; 3], a: &[f32], b: &[f32], out: &mut [f32], scratch: &mut [f32]) {
     let (row, panels) = scratch.split_at_mut(gemm::padded(columns));
-    row.fill(0.0);
     let mut left: Option<Left> = None;
     for (i, out) in out.chunks_exact_mut(rows * columns).enumerate() {
         let a = &a[i * rows * depth..][..rows * depth];
@@ -165,10 +170,10 @@ fn matmul([rows, depth, columns]: [usize; 3], a: &[f32], b: &[f32], out: &mut [f
             Some(left) => left.repack(a),
             None => left = Some(Left::pack(rows, depth, a)),
         }
-        for (k, b) in b[i * depth * columns..][..depth * columns].chunks_exact(columns).enumerate() {
-            row[..columns].copy_from_slice(b);
-            gemm::pack_row(row, k, depth, panels);
-        }
+        let b = &b[i * depth * columns..][..depth * columns];
+        gemm::pack([depth, columns], panels, row, |k, places, row| {
+            row[..places.len()].copy_from_slice(&b[k * columns..][places]);
+        });
         if let Some(left) = &left {
             gemm::multiply(left, panels, None, Product { out, stride: columns, columns });
         }

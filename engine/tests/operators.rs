@@ -1,27 +1,10 @@
 //! Operators one by one against plain loops in f64, on graphs written here. tests/engine.rs runs whole files.
 
+mod support;
+
 use dmd_engine::message::{Attribute, Graph, Model, Node, Tensor, data_type};
 use dmd_engine::{Input, Network, Result};
-
-/// Numbers in [-1, 1) that look random and never change.
-fn numbers(count: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
-    let next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / 8_388_608.0 - 1.0
-    };
-    std::iter::repeat_with(next).take(count).collect()
-}
-
-fn floats(name: &str, dims: &[usize], values: &[f32]) -> Tensor {
-    Tensor {
-        name: name.to_owned(),
-        dims: dims.iter().map(|&d| d as i64).collect(),
-        data_type: data_type::FLOAT,
-        raw_data: values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>().into(),
-        ..Tensor::default()
-    }
-}
+use support::{floats, int, ints, node, numbers};
 
 fn integers(name: &str, values: &[i64]) -> Tensor {
     Tensor {
@@ -31,28 +14,6 @@ fn integers(name: &str, values: &[i64]) -> Tensor {
         int64_data: values.to_vec(),
         ..Tensor::default()
     }
-}
-
-fn node(op: &str, inputs: &[&str], output: &str) -> Node {
-    Node {
-        op_type: op.to_owned(),
-        name: output.to_owned(),
-        input: inputs.iter().map(|i| (*i).to_owned()).collect(),
-        output: vec![output.to_owned()],
-        ..Node::default()
-    }
-}
-
-fn ints(name: &str, ints: &[usize]) -> Attribute {
-    Attribute {
-        name: name.to_owned(),
-        ints: ints.iter().map(|&i| i as i64).collect(),
-        ..Attribute::default()
-    }
-}
-
-fn int(name: &str, i: i64) -> Attribute {
-    Attribute { name: name.to_owned(), i, ..Attribute::default() }
 }
 
 fn text(name: &str, s: &'static str) -> Attribute {
@@ -471,6 +432,8 @@ fn what_cannot_run_is_named() {
         refused(&[3], node("Add", &["x", "w"], "y"), short),
         "node `y` (Add): `w` has 2 values, expected [3]"
     );
+    let empty = refused(&[2, 0, 3], node("Neg", &["x"], "y"), vec![]);
+    assert_eq!(empty, "node `y`: gives no values, expected some");
     let absent = refused(&[3], node("Add", &["x", "w"], "y"), vec![]);
     assert_eq!(absent, "node `y` (Add): reads `w`, which nothing defines");
     let fit = refused(&[3], node("Add", &["x", "w"], "y"), vec![floats("w", &[2], &[0.0; 2])]);

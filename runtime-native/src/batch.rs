@@ -17,7 +17,6 @@ pub struct Batch<'a> {
 
 impl Batch<'_> {
     /// Runs the images `size` at a time. The last part is filled up with the first image, and its result cut.
-    #[cfg(any(feature = "ort", test))]
     pub(crate) fn in_parts(
         &self,
         size: usize,
@@ -33,22 +32,8 @@ impl Batch<'_> {
         Ok(all)
     }
 
-    /// The same, all parts at once on the threads of the current pool.
-    pub(crate) fn in_parallel_parts(
-        &self,
-        size: usize,
-        run: impl Fn(&Batch) -> Result<Vec<f32>> + Sync,
-    ) -> Result<Vec<f32>> {
-        use rayon::prelude::*;
-        if self.n == size {
-            return run(self);
-        }
-        let starts: Vec<usize> = (0..self.n).step_by(size).collect();
-        let parts = starts.par_iter().with_max_len(1).map(|start| self.part(*start, size, &mut |b| run(b)));
-        Ok(parts.collect::<Result<Vec<_>>>()?.concat())
-    }
-
-    fn part(
+    /// Runs `size` images from `start` on.
+    pub(crate) fn part(
         &self,
         start: usize,
         size: usize,
@@ -85,7 +70,6 @@ mod tests {
                 Ok(part.x.to_vec())
             });
             assert_eq!(got.unwrap(), x);
-            assert_eq!(batch.in_parallel_parts(size, |part| Ok(part.x.to_vec())).unwrap(), x);
             let filling = seen.split_off(5);
             assert_eq!((seen.as_slice(), filling), (batch.class, vec![5; 5usize.next_multiple_of(size) - 5]));
         }

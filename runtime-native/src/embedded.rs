@@ -1,5 +1,5 @@
 //! Engines compiled into the program: no library to find. Each takes a fixed number of images per call, one where the
-//! file allows it, which is faster than batches and independent of them; many threads call it at once.
+//! file allows it, which is faster than batches and independent of them; the threads of a pool call it at once.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -12,8 +12,20 @@ use crate::{Error, Result};
 
 /// What such an engine does.
 pub(crate) trait Network: Send + Sync {
-    /// Evaluates the network for as many images as one call takes.
-    fn run(&self, batch: &Batch) -> Result<Vec<f32>>;
+    /// Evaluates the network for as many images as one call takes, on the calling thread or on all of its pool.
+    fn run(&self, batch: &Batch, threads: Threads) -> Result<Vec<f32>>;
+
+    /// Whether one call can use all threads.
+    fn shares(&self) -> bool;
+}
+
+/// Which threads a call may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// The calling one.
+    One,
+    /// All of the pool.
+    All,
 }
 
 /// An engine, how many images it takes, and the threads they are spread over.
@@ -47,21 +59,48 @@ impl Embedded {
         Ok(Self { network: Box::new(network), batch, pool })
     }
 
-    /// Runs any number of images, in parallel.
+    /// Runs any number of images.
     pub fn run(&self, batch: &Batch) -> Result<Vec<f32>> {
-        self.pool.install(|| batch.in_parallel_parts(self.batch, |part| self.network.run(part)))
+        let starts = (0..batch.n).step_by(self.batch).collect();
+        let parts = self.spread(starts, |start, threads| {
+            batch.part(start, self.batch, &mut |part| self.network.run(part, threads))
+        });
+        Ok(parts?.concat())
     }
 
-    /// Calls `part` with the number of the first image and the values of each call's images, in parallel.
+    /// Calls `part` with the number of the first image, the values of each call's images, and what runs a batch.
     pub fn for_each(
         &self,
         values: &mut [f32],
         image_len: usize,
-        part: impl Fn(usize, &mut [f32]) -> Result<()> + Sync,
+        part: impl Fn(usize, &mut [f32], &mut dyn FnMut(&Batch) -> Result<Vec<f32>>) -> Result<()> + Sync,
     ) -> Result<()> {
+        let parts = values.chunks_mut(self.batch * image_len).enumerate().collect();
+        self.spread(parts, |(i, x), threads| {
+            let mut run = |batch: &Batch| batch.in_parts(self.batch, |b| self.network.run(b, threads));
+            part(i * self.batch, x, &mut run)
+        })
+        .map(drop)
+    }
+
+    /// Does as many tasks as there are threads side by side, each on one; what is left over, if that would leave most threads
+    /// idle, in turn on all.
+    fn spread<T: Send, R: Send>(
+        &self,
+        mut tasks: Vec<T>,
+        work: impl Fn(T, Threads) -> Result<R> + Sync,
+    ) -> Result<Vec<R>> {
+        let threads = self.pool.current_num_threads();
+        let left = tasks.len() % threads;
+        let last = if self.network.shares() && 2 * left <= threads { left } else { 0 };
+        let last = tasks.split_off(tasks.len() - last);
         self.pool.install(|| {
-            let parts = values.par_chunks_mut(self.batch * image_len).with_max_len(1).enumerate();
-            parts.try_for_each(|(i, x)| part(i * self.batch, x))
+            let done = tasks.into_par_iter().with_max_len(1).map(|task| work(task, Threads::One));
+            let mut done = done.collect::<Result<Vec<R>>>()?;
+            for task in last {
+                done.push(work(task, Threads::All)?);
+            }
+            Ok(done)
         })
     }
 }

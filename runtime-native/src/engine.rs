@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use dmd_engine::{Input, Network, Workspace};
 
 use crate::batch::Batch;
-use crate::embedded::{self, guarded};
+use crate::embedded::{self, Threads, guarded};
 use crate::file::{ModelFile, Role};
 use crate::{Error, Result};
 
@@ -46,7 +46,11 @@ impl Own {
 }
 
 impl embedded::Network for Own {
-    fn run(&self, batch: &Batch) -> Result<Vec<f32>> {
+    fn shares(&self) -> bool {
+        true
+    }
+
+    fn run(&self, batch: &Batch, threads: Threads) -> Result<Vec<f32>> {
         let class: Vec<f32> = batch.class.iter().map(|class| *class as f32).collect();
         let inputs: Vec<&[f32]> = self
             .roles
@@ -61,8 +65,11 @@ impl embedded::Network for Own {
         let idle = waiting().pop();
         let mut workspace = idle.unwrap_or_else(|| self.network.workspace());
         let run = || {
-            let outputs = self.network.run(&mut workspace, &inputs).map_err(|e| e.to_string())?;
-            Ok(outputs[0].to_vec())
+            let outputs = match threads {
+                Threads::One => self.network.run_alone(&mut workspace, &inputs),
+                Threads::All => self.network.run(&mut workspace, &inputs),
+            };
+            Ok(outputs.map_err(|e| e.to_string())?[0].to_vec())
         };
         let output = guarded(run).map_err(|e| failed(&self.name, e))?;
         waiting().push(workspace);

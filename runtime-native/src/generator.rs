@@ -192,9 +192,9 @@ impl Generator {
         let len = self.info.image_len();
         let mut values = allocate(request.count, len)?;
         match &self.engine {
-            Engine::Embedded(engine) => engine.for_each(&mut values, len, |start, x| {
-                plan.sample(start, x, &mut |b| engine.run(b), progress)
-            })?,
+            Engine::Embedded(engine) => {
+                engine.for_each(&mut values, len, |start, x, run| plan.sample(start, x, run, progress))?
+            }
             #[cfg(feature = "ort")]
             Engine::Ort(engine) => {
                 let pixels = self.info.image.height * self.info.image.width;

@@ -8,7 +8,7 @@ use tract_onnx::prelude::*;
 use tract_onnx::tract_core::optim::Optimizer;
 
 use crate::batch::Batch;
-use crate::embedded::{self, guarded};
+use crate::embedded::{self, Threads, guarded};
 use crate::file::{ModelFile, Role};
 use crate::{Error, Result, memory};
 
@@ -85,7 +85,11 @@ impl Tract {
 }
 
 impl embedded::Network for Tract {
-    fn run(&self, batch: &Batch) -> Result<Vec<f32>> {
+    fn shares(&self) -> bool {
+        false
+    }
+
+    fn run(&self, batch: &Batch, _: Threads) -> Result<Vec<f32>> {
         guarded(|| self.evaluate(batch).map_err(in_full)).map_err(|e| failed(&self.name, e))
     }
 }

@@ -1,7 +1,10 @@
 //! Convolution and its transpose, of one image at a time, as products of matrices.
 
+use std::ops::Range;
+
 use super::gemm::{self, Left, Product};
 use super::winograd::Winograd;
+use crate::parallel;
 
 /// Sizes of a convolution.
 #[derive(Clone, Copy, Debug)]
@@ -31,9 +34,9 @@ impl Geometry {
         self.places[0] * self.places[1]
     }
 
-    /// Calls `f` with each row of positions that lies within the image for a tap: position in the image, position in
-    /// the row of `positions`, and count; steps in the image are `stride[1]`.
-    fn rows(&self, tap: usize, mut f: impl FnMut(usize, usize, usize)) {
+    /// Calls `f` with each row of these positions that lies within the image for a tap: place in the image, number of the first
+    /// of these positions, and count; steps in the image are `stride[1]`.
+    fn rows(&self, tap: usize, positions: Range<usize>, mut f: impl FnMut(usize, usize, usize)) {
         let [kh, kw] = self.kernel;
         let (channel, ky, kx) = (tap / (kh * kw), tap / kw % kh, tap % kw);
         let ([h, w], [rows, columns]) = (self.image, self.places);
@@ -42,11 +45,13 @@ impl Geometry {
         if first >= end {
             return;
         }
-        for row in 0..rows {
+        for row in positions.start / columns..rows.min(positions.end.div_ceil(columns)) {
             let y = row * self.stride[0] + ky;
-            if y >= self.margin[0] && y - self.margin[0] < h {
-                let x = first * self.stride[1] + kx - self.margin[1];
-                f((channel * h + y - self.margin[0]) * w + x, row * columns + first, end - first);
+            let from = positions.start.max(row * columns + first);
+            let to = positions.end.min(row * columns + end);
+            if y >= self.margin[0] && y - self.margin[0] < h && from < to {
+                let x = (from - row * columns) * self.stride[1] + kx - self.margin[1];
+                f((channel * h + y - self.margin[0]) * w + x, from - positions.start, to - from);
             }
         }
     }
@@ -102,7 +107,9 @@ impl Conv {
             Method::Columns(left) => {
                 let columns = self.geometry.positions();
                 let (row, panels) = scratch.split_at_mut(gemm::padded(columns));
-                gather(&self.geometry, x, row, panels);
+                gemm::pack([left.depth(), columns], panels, row, |tap, positions, row| {
+                    gather(&self.geometry, x, tap, positions, row);
+                });
                 let product = Product { out, stride: columns, columns };
                 gemm::multiply(left, panels, Some(&self.bias), product);
             }
@@ -110,27 +117,22 @@ impl Conv {
     }
 }
 
-/// The values under every tap, tap by tap, in panels.
-fn gather(geometry: &Geometry, x: &[f32], row: &mut [f32], panels: &mut [f32]) {
-    let (taps, step) = (geometry.taps(), geometry.stride[1]);
-    row.fill(0.0);
-    for tap in 0..taps {
-        if geometry.plain() {
-            let positions = geometry.positions();
-            row[..positions].copy_from_slice(&x[tap * positions..][..positions]);
-        } else {
-            row.fill(0.0);
-            geometry.rows(tap, |from, to, count| {
-                let to = &mut row[to..to + count];
-                if step == 1 {
-                    to.iter_mut().zip(&x[from..]).for_each(|(to, x)| *to = *x);
-                } else {
-                    to.iter_mut().zip(x[from..].iter().step_by(step)).for_each(|(to, x)| *to = *x);
-                }
-            });
-        }
-        gemm::pack_row(row, tap, taps, panels);
+/// The values under a tap at these positions.
+fn gather(geometry: &Geometry, x: &[f32], tap: usize, positions: Range<usize>, row: &mut [f32]) {
+    if geometry.plain() {
+        let count = positions.len();
+        return row[..count].copy_from_slice(&x[tap * geometry.positions() + positions.start..][..count]);
     }
+    let step = geometry.stride[1];
+    row.fill(0.0);
+    geometry.rows(tap, positions, |from, to, count| {
+        let to = &mut row[to..to + count];
+        if step == 1 {
+            to.iter_mut().zip(&x[from..]).for_each(|(to, x)| *to = *x);
+        } else {
+            to.iter_mut().zip(x[from..].iter().step_by(step)).for_each(|(to, x)| *to = *x);
+        }
+    });
 }
 
 /// A transposed convolution with its weights.
@@ -163,21 +165,21 @@ impl ConvTranspose {
         let padded = gemm::padded(columns);
         let (row, rest) = scratch.split_at_mut(padded);
         let (panels, products) = rest.split_at_mut(self.left.depth() * padded);
-        row.fill(0.0);
-        for (k, x) in x.chunks_exact(columns).enumerate() {
-            row[..columns].copy_from_slice(x);
-            gemm::pack_row(row, k, self.left.depth(), panels);
-        }
+        gemm::pack([self.left.depth(), columns], panels, row, |k, positions, row| {
+            row[..positions.len()].copy_from_slice(&x[k * columns..][positions]);
+        });
         gemm::multiply(&self.left, panels, None, Product { out: products, stride: padded, columns });
-        let pixels = geometry.image[0] * geometry.image[1];
-        for (out, bias) in out.chunks_exact_mut(pixels).zip(&self.bias) {
+        let (pixels, taps) = (geometry.image[0] * geometry.image[1], geometry.kernel[0] * geometry.kernel[1]);
+        let parts = parallel::parts(gemm::MOVING * self.left.rows() * padded);
+        let tasks = out.chunks_exact_mut(pixels).zip(products.chunks(taps * padded)).zip(&self.bias);
+        parallel::each(parts, tasks, |((out, products), bias)| {
             out.fill(*bias);
-        }
-        for (tap, products) in products.chunks_exact(padded).take(geometry.taps()).enumerate() {
-            geometry.rows(tap, |to, from, count| {
-                let to = out[to..].iter_mut().step_by(geometry.stride[1]);
-                to.zip(&products[from..from + count]).for_each(|(to, from)| *to += *from);
-            });
-        }
+            for (tap, products) in products.chunks_exact(padded).enumerate() {
+                geometry.rows(tap, 0..columns, |to, from, count| {
+                    let to = out[to..].iter_mut().step_by(geometry.stride[1]);
+                    to.zip(&products[from..from + count]).for_each(|(to, from)| *to += *from);
+                });
+            }
+        });
     }
 }

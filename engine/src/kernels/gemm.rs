@@ -1,12 +1,17 @@
 //! Products of matrices, in tiles of registers: the left one packed in blocks of rows, the right one in panels of two
 //! vectors' width.
 
+use std::ops::Range;
+
 use pulp::{Simd, WithSimd};
 
 use super::simd::{dispatch, lanes};
+use crate::parallel;
 
 /// Bytes of panels that are gone through together while the left matrix streams by.
 const GROUP: usize = 64 << 10;
+/// Multiply-adds in the time of moving one value.
+pub const MOVING: usize = 8;
 /// Rows of the largest tile. Without fused multiplication and addition a product needs a register of its own.
 const ROWS: usize =
     if cfg!(all(target_family = "wasm", not(target_feature = "relaxed-simd"))) { 4 } else { 6 };
@@ -28,15 +33,19 @@ impl Left {
 
     /// Packs other values of the same size into the same memory.
     pub fn repack(&mut self, values: &[f32]) {
-        let depth = self.depth;
-        self.data.resize(self.rows * depth, 0.0);
-        for (first, count) in blocks(self.rows) {
-            let rows = &values[first * depth..(first + count) * depth];
-            let block = &mut self.data[first * depth..(first + count) * depth];
-            for (r, row) in rows.chunks_exact(depth.max(1)).enumerate() {
-                block.iter_mut().skip(r).step_by(count).zip(row).for_each(|(to, from)| *to = *from);
+        let (rows, depth) = (self.rows, self.depth);
+        self.data.resize(rows * depth, 0.0);
+        let parts = parallel::parts(MOVING * rows * depth);
+        let tasks = shares(rows, parts, &mut self.data, depth);
+        parallel::each(parts, tasks, |(share, data)| {
+            for (first, count) in blocks(rows).filter(|(row, _)| share.contains(row)) {
+                let rows = &values[first * depth..(first + count) * depth];
+                let block = &mut data[(first - share.start) * depth..][..count * depth];
+                for (r, row) in rows.chunks_exact(depth.max(1)).enumerate() {
+                    block.iter_mut().skip(r).step_by(count).zip(row).for_each(|(to, from)| *to = *from);
+                }
             }
-        }
+        });
     }
 
     /// Rows.
@@ -66,6 +75,24 @@ fn blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
+/// Runs of whole blocks of rows, of about the same size, each with its part of `values`, where a row takes `stride`.
+fn shares(
+    rows: usize,
+    parts: usize,
+    mut values: &mut [f32],
+    stride: usize,
+) -> impl Iterator<Item = (Range<usize>, &mut [f32])> {
+    let (mut blocks, mut end) = (blocks(rows), 0);
+    (1..=parts).filter_map(move |part| {
+        let first = end;
+        while end < rows * part / parts {
+            end += blocks.next()?.1;
+        }
+        let len = ((end - first) * stride).min(values.len());
+        (end > first).then(|| (first..end, values.split_off_mut(..len).unwrap_or_default()))
+    })
+}
+
 /// Columns of a panel.
 pub fn width() -> usize {
     2 * lanes()
@@ -74,6 +101,27 @@ pub fn width() -> usize {
 /// Columns with those that fill the last panel.
 pub fn padded(columns: usize) -> usize {
     columns.next_multiple_of(width())
+}
+
+/// Packs a right matrix into panels. `fill` writes a range of columns of row `k`, to memory that is zero in the first call and else
+/// holds what it wrote before; `row` has room for `padded(columns)`.
+pub fn pack(
+    [depth, columns]: [usize; 2],
+    panels: &mut [f32],
+    row: &mut [f32],
+    fill: impl Fn(usize, Range<usize>, &mut [f32]) + Send + Sync,
+) {
+    let parts = parallel::parts(MOVING * depth * columns);
+    let each = padded(columns.div_ceil(parts)).max(1);
+    let tasks = panels.chunks_mut((each * depth).max(1)).zip(row[..padded(columns)].chunks_mut(each));
+    parallel::each(parts, tasks.enumerate(), |(i, (panels, row))| {
+        let first = i * each;
+        row.fill(0.0);
+        for k in 0..depth {
+            fill(k, first..columns.min(first + each), row);
+            pack_row(row, k, depth, panels);
+        }
+    });
 }
 
 /// Writes row `k` of the right matrix, filled up to `padded(columns)`, into its panels.
@@ -107,13 +155,19 @@ pub struct Product<'a> {
 
 /// `out = a·b (+ bias per row)`, with `b` in panels.
 pub fn multiply(a: &Left, b: &[f32], bias: Option<&[f32]>, product: Product) {
-    dispatch(Multiply { a, b, bias, product });
+    let Product { out, stride, columns } = product;
+    let parts = parallel::parts(a.rows * a.depth * columns);
+    parallel::each(parts, shares(a.rows, parts, out, stride), |(rows, out)| {
+        dispatch(Multiply { a, b, bias, rows, product: Product { out, stride, columns } });
+    });
 }
 
 struct Multiply<'a> {
     a: &'a Left,
     b: &'a [f32],
     bias: Option<&'a [f32]>,
+    /// Of the left matrix; `product` begins with the first of them.
+    rows: Range<usize>,
     product: Product<'a>,
 }
 
@@ -125,7 +179,8 @@ impl WithSimd for Multiply<'_> {
         let panels = self.product.columns.div_ceil(2 * S::F32_LANES);
         let group = (GROUP / (self.a.depth * 2 * S::F32_LANES * 4).max(1)).max(1);
         for first in (0..panels).step_by(group) {
-            for (row, count) in blocks(self.a.rows) {
+            let rows = self.rows.clone();
+            for (row, count) in blocks(self.a.rows).filter(|(row, _)| rows.contains(row)) {
                 for panel in first..panels.min(first + group) {
                     match count {
                         6 => self.tile::<S, 6>(simd, row, panel),
@@ -162,7 +217,7 @@ impl Multiply<'_> {
         let Product { out, stride, columns } = &mut self.product;
         let count = (*columns - panel * width).min(width);
         for (r, tile) in tile.iter().enumerate() {
-            let out = &mut out[(row + r) * *stride + panel * width..][..count];
+            let out = &mut out[(row - self.rows.start + r) * *stride + panel * width..][..count];
             if count == width {
                 S::as_mut_simd_f32s(out).0.copy_from_slice(tile);
             } else {

@@ -1,6 +1,10 @@
 //! Functions of one value and of two, number by number.
 
 use super::simd::{erf, exp, sigmoid, vectorised};
+use crate::parallel;
+
+/// Multiply-adds in the time of a function of one value, and of two.
+const COST: [usize; 2] = [12, 4];
 
 /// A function of one value.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,6 +38,12 @@ pub enum Unary {
 impl Unary {
     /// In place.
     pub fn run(self, x: &mut [f32]) {
+        let parts = parallel::parts(COST[0] * x.len());
+        let len = x.len().div_ceil(parts).max(1);
+        parallel::each(parts, x.chunks_mut(len), |x| self.part(x));
+    }
+
+    fn part(self, x: &mut [f32]) {
         match self {
             Self::Sigmoid => each(x, sigmoid),
             Self::Silu => each(
@@ -187,13 +197,23 @@ pub struct Repeat {
 
 /// `a = f(a, b)` in place. `b` holds one value for every `neighbours` of `a`, and starts again where it ends.
 pub fn combine(f: Binary, a: &mut [f32], b: &[f32], Repeat { neighbours }: Repeat) {
+    let parts = parallel::parts(COST[1] * a.len());
+    let whole = |a: &mut [f32], b: &[f32]| {
+        vectorised(
+            #[inline(always)]
+            || {
+                for a in a.chunks_exact_mut((b.len() * neighbours).max(1)) {
+                    f.rows(a, b, if neighbours == 1 { 0 } else { neighbours });
+                }
+            },
+        );
+    };
     let block = b.len() * neighbours;
-    vectorised(
-        #[inline(always)]
-        || {
-            for a in a.chunks_exact_mut(block.max(1)) {
-                f.rows(a, b, if neighbours == 1 { 0 } else { neighbours });
-            }
-        },
-    );
+    if block > 0 && a.len() > block {
+        let each = (a.len() / block).div_ceil(parts) * block;
+        parallel::each(parts, a.chunks_mut(each), |a| whole(a, b));
+    } else {
+        let each = b.len().div_ceil(parts).max(1);
+        parallel::each(parts, a.chunks_mut(each * neighbours).zip(b.chunks(each)), |(a, b)| whole(a, b));
+    }
 }

@@ -1,5 +1,8 @@
 //! Moving values: transposition, concatenation, slices, lookups, enlarging, pooling.
 
+use super::gemm::MOVING;
+use crate::parallel;
+
 /// Transposes: axis `i` of the output is axis `order[i]` of `x`.
 pub fn transpose(x: &[f32], shape: &[usize], order: &[usize], out: &mut [f32]) {
     let strides: Vec<usize> = (0..shape.len()).map(|i| shape[i + 1..].iter().product()).collect();
@@ -8,18 +11,26 @@ pub fn transpose(x: &[f32], shape: &[usize], order: &[usize], out: &mut [f32]) {
     let (Some(&width), Some(&step)) = (sizes.last(), steps.last()) else {
         return out.copy_from_slice(x);
     };
-    let mut index = vec![0; sizes.len() - 1];
-    for row in out.chunks_exact_mut(width) {
-        let start: usize = index.iter().zip(&steps).map(|(i, s)| i * s).sum();
-        row.iter_mut().zip(x[start..].iter().step_by(step)).for_each(|(to, from)| *to = *from);
+    let (rows, parts) = (out.len() / width, parallel::parts(MOVING * out.len()));
+    let each = rows.div_ceil(parts);
+    parallel::each(parts, out.chunks_mut(each * width).enumerate(), |(part, out)| {
+        let mut index = vec![0; sizes.len() - 1];
+        let mut row = part * each;
         for (i, size) in index.iter_mut().zip(&sizes).rev() {
-            *i += 1;
-            if *i < *size {
-                break;
-            }
-            *i = 0;
+            (*i, row) = (row % size, row / size);
         }
-    }
+        for row in out.chunks_exact_mut(width) {
+            let start: usize = index.iter().zip(&steps).map(|(i, s)| i * s).sum();
+            row.iter_mut().zip(x[start..].iter().step_by(step)).for_each(|(to, from)| *to = *from);
+            for (i, size) in index.iter_mut().zip(&sizes).rev() {
+                *i += 1;
+                if *i < *size {
+                    break;
+                }
+                *i = 0;
+            }
+        }
+    });
 }
 
 /// Concatenates: of each operand `width` values in turn.

@@ -44,7 +44,11 @@ pub fn instructions() -> &'static str {
     } else if cfg!(target_family = "wasm") {
         "simd128"
     } else {
-        "native"
+        match lanes() {
+            8 => "avx2",
+            4 if cfg!(target_arch = "aarch64") => "neon",
+            _ => "scalar",
+        }
     }
 }
 

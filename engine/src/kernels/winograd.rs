@@ -5,9 +5,12 @@ use pulp::{Simd, WithSimd};
 
 use super::gemm::{self, Left, Product};
 use super::simd::{dispatch, lanes, load, store};
+use crate::parallel;
 
 /// Positions in a transformed tile.
 const POSITIONS: usize = 16;
+/// Multiply-adds in the time of making a tile's pixels of its products.
+const RESTORING: usize = 64;
 
 /// Transformed weights, one matrix `[out, in]` per position.
 pub struct Winograd {
@@ -61,49 +64,64 @@ impl Winograd {
     /// Floats of scratch memory.
     pub fn scratch(&self) -> usize {
         let Parts { panels, products, row, tiles } = self.parts();
-        let [out_planes, pixels] = [4 * (tiles + lanes()), 2 * row * (2 * self.grid()[0] + 2)];
-        panels + products + POSITIONS * (tiles + lanes()) + out_planes + pixels
+        let [planes, pixels] = [4 * (tiles + lanes()), 2 * row * (2 * self.grid()[0] + 2)];
+        let before = pixels + POSITIONS * (tiles + lanes());
+        panels + products + (before * parallel::MOST.min(4)).max(planes * parallel::MOST)
     }
 
     /// One image.
     pub fn run(&self, x: &[f32], bias: &[f32], out: &mut [f32], scratch: &mut [f32]) {
         let Parts { panels, products, row, tiles } = self.parts();
-        let ([_, input], [rows, columns], [h, w]) = (self.channels, self.grid(), self.image);
+        let ([outputs, input], grid, [h, w]) = (self.channels, self.grid(), self.image);
         let (panels, rest) = scratch.split_at_mut(panels);
         let (products, rest) = rest.split_at_mut(products);
-        let (positions, rest) = rest.split_at_mut(POSITIONS * (tiles + lanes()));
-        let (planes, rest) = rest.split_at_mut(4 * (tiles + lanes()));
-        let pixels = &mut rest[..2 * row * (2 * rows + 2)];
 
-        pixels.fill(0.0);
-        positions.fill(0.0);
-        for (channel, x) in x.chunks_exact(h * w).enumerate() {
-            split(x, w, row, pixels);
-            dispatch(Transform { pixels, row, grid: [rows, columns], positions, tiles });
-            let each = input * tiles;
-            for (values, panels) in positions.chunks_exact(tiles + lanes()).zip(panels.chunks_exact_mut(each))
-            {
-                gemm::pack_row(&values[..tiles], channel, input, panels);
+        // Each part makes one, two or all four of the rows of positions.
+        let parts = match parallel::parts(POSITIONS * outputs * input * tiles) {
+            1 => 1,
+            2 => 2,
+            _ => 4,
+        };
+        let positions = POSITIONS / parts;
+        let pixels = 2 * row * (2 * grid[0] + 2);
+        let tasks = panels
+            .chunks_exact_mut(positions * input * tiles)
+            .zip(products.chunks_exact_mut(positions * outputs * tiles))
+            .zip(rest.chunks_exact_mut(pixels + POSITIONS * (tiles + lanes())));
+        parallel::each(parts, tasks.enumerate(), |(i, ((panels, products), memory))| {
+            let (pixels, values) = memory.split_at_mut(pixels);
+            let values = &mut values[..positions * (tiles + lanes())];
+            pixels.fill(0.0);
+            values.fill(0.0);
+            for (channel, x) in x.chunks_exact(h * w).enumerate() {
+                split(x, w, row, pixels);
+                dispatch(Transform { pixels, row, grid, part: [i, parts], positions: values, tiles });
+                let panels = panels.chunks_exact_mut(input * tiles);
+                for (values, panels) in values.chunks_exact(tiles + lanes()).zip(panels) {
+                    gemm::pack_row(&values[..tiles], channel, input, panels);
+                }
             }
-        }
-        let each = self.channels[0] * tiles;
-        for (i, weights) in self.weights.iter().enumerate() {
-            let product =
-                Product { out: &mut products[i * each..(i + 1) * each], stride: tiles, columns: tiles };
-            gemm::multiply(weights, &panels[i * input * tiles..(i + 1) * input * tiles], None, product);
-        }
-        for (channel, (out, bias)) in out.chunks_exact_mut(h * w).zip(bias).enumerate() {
-            let stride = tiles + lanes();
-            dispatch(Restore {
-                products: &products[channel * tiles..],
-                each,
-                tiles,
-                bias: *bias,
-                planes,
-                stride,
-            });
-            join(planes, stride, columns, w, out);
-        }
+            let panels = panels.chunks_exact(input * tiles);
+            let products = products.chunks_exact_mut(outputs * tiles).zip(panels);
+            for (weights, (out, panels)) in self.weights[i * positions..].iter().zip(products) {
+                gemm::multiply(weights, panels, None, Product { out, stride: tiles, columns: tiles });
+            }
+        });
+
+        let parts = parallel::parts(RESTORING * outputs * tiles);
+        let channels = outputs.div_ceil(parts);
+        let stride = tiles + lanes();
+        let tasks = out
+            .chunks_mut(channels * h * w)
+            .zip(bias.chunks(channels))
+            .zip(rest.chunks_exact_mut(4 * stride));
+        parallel::each(parts, tasks.enumerate(), |(i, ((out, bias), planes))| {
+            for (channel, (out, bias)) in out.chunks_exact_mut(h * w).zip(bias).enumerate() {
+                let products = &products[(i * channels + channel) * tiles..];
+                dispatch(Restore { products, each: outputs * tiles, tiles, bias: *bias, planes, stride });
+                join(planes, stride, grid[1], w, out);
+            }
+        });
     }
 }
 
@@ -147,6 +165,8 @@ struct Transform<'a> {
     pixels: &'a [f32],
     row: usize,
     grid: [usize; 2],
+    /// Which part of the positions, and of how many: whole rows of them.
+    part: [usize; 2],
     positions: &'a mut [f32],
     tiles: usize,
 }
@@ -156,6 +176,22 @@ impl WithSimd for Transform<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        match self.part {
+            [0, 2] => self.rows::<S, 0, 2>(simd),
+            [1, 2] => self.rows::<S, 2, 2>(simd),
+            [0, 4] => self.rows::<S, 0, 1>(simd),
+            [1, 4] => self.rows::<S, 1, 1>(simd),
+            [2, 4] => self.rows::<S, 2, 1>(simd),
+            [3, 4] => self.rows::<S, 3, 1>(simd),
+            _ => self.rows::<S, 0, 4>(simd),
+        }
+    }
+}
+
+impl Transform<'_> {
+    /// `COUNT` rows of positions.
+    #[inline(always)]
+    fn rows<S: Simd, const FIRST: usize, const COUNT: usize>(self, simd: S) {
         let ([rows, columns], stride) = (self.grid, self.tiles + S::F32_LANES);
         for row in 0..rows {
             let pixels = &self.pixels[4 * row * self.row..][..8 * self.row];
@@ -165,8 +201,9 @@ impl WithSimd for Transform<'_> {
                 let second = transform(simd, four::<S>(pixels, self.row + column, 2 * self.row));
                 let third = transform(simd, four::<S>(pixels, column + 1, 2 * self.row));
                 let fourth = transform(simd, four::<S>(pixels, self.row + column + 1, 2 * self.row));
-                for i in 0..4 {
-                    let across = transform(simd, [first[i], second[i], third[i], fourth[i]]);
+                for i in 0..COUNT {
+                    let at = FIRST + i;
+                    let across = transform(simd, [first[at], second[at], third[at], fourth[at]]);
                     for (j, value) in across.into_iter().enumerate() {
                         store::<S>(self.positions, (4 * i + j) * stride + row * columns + column, value);
                     }

@@ -1,0 +1,55 @@
+//! Sharing a kernel's work among the threads of the caller's rayon pool (feature `threads`; one thread without it). Every value
+//! is computed as on one thread, whoever computes it: the number of threads changes no bit.
+
+/// Multiply-adds that are worth another thread: about 10 microseconds.
+#[cfg(feature = "threads")]
+const GRAIN: usize = 1 << 17;
+
+/// Most parts of a kernel that needs memory for each.
+pub const MOST: usize = if cfg!(feature = "threads") { 16 } else { 1 };
+
+#[cfg(feature = "threads")]
+thread_local! {
+    /// Whether this thread shares nothing now, see [`alone`].
+    static ALONE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// Runs `f`, whose kernels stay on this thread.
+#[cfg(feature = "threads")]
+pub fn alone<T>(f: impl FnOnce() -> T) -> T {
+    struct Restore(bool); // after a panic too
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            ALONE.set(self.0);
+        }
+    }
+    let _restore = Restore(ALONE.replace(true));
+    f()
+}
+
+/// In how many parts a kernel with so many multiply-adds is done.
+pub fn parts(work: usize) -> usize {
+    #[cfg(feature = "threads")]
+    {
+        if ALONE.get() {
+            return 1;
+        }
+        (work / GRAIN).clamp(1, rayon::current_num_threads().min(MOST))
+    }
+    #[cfg(not(feature = "threads"))]
+    {
+        let _ = work;
+        1
+    }
+}
+
+/// Calls `f` with every task, on several threads if there are several `parts`.
+pub fn each<T: Send>(parts: usize, tasks: impl Iterator<Item = T>, f: impl Fn(T) + Send + Sync) {
+    #[cfg(feature = "threads")]
+    if parts > 1 {
+        use rayon::prelude::*;
+        return tasks.collect::<Vec<_>>().into_par_iter().with_max_len(1).for_each(f);
+    }
+    let _ = parts;
+    tasks.for_each(f);
+}
