@@ -56,7 +56,7 @@ struct Info<'a> {
 
 /// Opens the ONNX file `path`. `*generator` is null unless the status is `DMD_STATUS_OK`; `dmd_close` frees it.
 ///
-/// `provider` is `auto`, `tract`, `cpu`, `cuda` or another that `dmd-run providers` lists; null is `auto`. `threads` is 0
+/// `provider` is `auto`, `engine`, `cpu`, `cuda` or another that `dmd-run providers` lists; null is `auto`. `threads` is 0
 /// for one per core. `ort_lib` is the onnxruntime library to load; null searches for it as `dmd-run` does.
 ///
 /// # Safety
