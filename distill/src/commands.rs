@@ -7,17 +7,22 @@ use candle_core::{Device, Tensor};
 use dmd_core::net::shapes;
 use dmd_core::sampler::Sampler;
 use dmd_core::schedule::Schedule;
+use serde::de::DeserializeOwned;
 
 use crate::base::{self, PRESETS};
 use crate::checkpoint::{Checkpoint, Source};
+use crate::data::Loaded;
 use crate::error::{Error, Result};
+use crate::inventory::Inventory;
 use crate::network::{Guidance, Network};
 use crate::options::{DistillArgs, PairsArgs, Recipe, SampleArgs};
-use crate::pairs::{self, PairsOptions, Share};
+use crate::pairs::{self, PairsOptions};
+use crate::parallel::Team;
 use crate::regression::Regression;
 use crate::report::TEACHER_STEPS;
 use crate::run::{Run, images, save_grid};
 use crate::sampler::{self, Request, Sampling, one_step};
+use crate::share::Share;
 use crate::teacher;
 use crate::teacher::options::{TeacherArgs, TeacherOptions};
 use crate::train::{self, DistillOptions};
@@ -59,14 +64,52 @@ pub fn print(line: &str) -> Result<()> {
 }
 
 /// `dmd-distill --base …`, or `--resume …`.
-pub fn distill(args: DistillArgs) -> Result<()> {
-    let target = device::parse(&args.device)?;
+pub fn distill(args: DistillArgs, team: &Team) -> Result<()> {
+    let target = device::parse_for(&args.device, team)?;
+    let profile = args.profile;
+    match together(team, || begin_distillation(args, &target, team))? {
+        Some((run, options)) => run_distillation(&run, &options, &target, team, profile),
+        None => Ok(()),
+    }
+}
+
+/// Lets the first rank begin a run, or find one, and the others open it; none if nothing is to be done.
+fn together<T: DeserializeOwned>(
+    team: &Team,
+    begin: impl FnOnce() -> Result<Option<(Run, T)>>,
+) -> Result<Option<(Run, T)>> {
+    if team.leads() {
+        let begun = begin()?;
+        let absolute = |run: &Run| std::path::absolute(&run.folder).map_err(Error::file("find", &run.folder));
+        let folder = begun.as_ref().map(|(run, _)| absolute(run)).transpose()?;
+        team.from_leader(Some(folder))?;
+        return Ok(begun);
+    }
+    let folder: Option<PathBuf> = team.from_leader(None)?;
+    let Some(folder) = folder else { return Ok(None) };
+    if !folder.join("run.json").is_file() {
+        return Err(Error::content(
+            &folder,
+            "this rank does not see the run that rank 0 began there\n\nhint: run from a file system that all hosts share",
+        ));
+    }
+    let run = Run::open(&folder)?;
+    let options = run.options()?;
+    Ok(Some((run, options)))
+}
+
+/// Makes the folder of a new run, or opens the one to continue; none for a dry run.
+fn begin_distillation(
+    args: DistillArgs,
+    target: &Device,
+    team: &Team,
+) -> Result<Option<(Run, DistillOptions)>> {
     if let Some(folder) = &args.resume {
         let allowed = Recipe { train_steps: args.recipe.train_steps, ..Recipe::default() };
         let others = [&args.out, &args.config, &args.init].iter().any(|option| option.is_some());
         if args.base.is_some() || others || args.recipe != allowed {
             return Err(Error::Request(
-                "`--resume` takes its options from the run; only `--train-steps`, `--device` and `--dry-run` go with it"
+                "`--resume` takes its options from the run; only `--train-steps`, `--device`, `--profile` and `--dry-run` go with it"
                     .into(),
             ));
         }
@@ -88,9 +131,9 @@ pub fn distill(args: DistillArgs) -> Result<()> {
             }
         }
         if args.dry_run {
-            return estimate(&options, &train::load_teacher(&run)?, &target);
+            return estimate(&options, &train::load_teacher(&run)?, target).map(|()| None);
         }
-        return run_distillation(&run, &options, &target);
+        return Ok(Some((run, options)));
     }
     let name = args.base.ok_or_else(|| {
         Error::Request("`--base` is missing\n\nhint: `dmd-distill bases` lists the presets".into())
@@ -106,8 +149,9 @@ pub fn distill(args: DistillArgs) -> Result<()> {
     let preset = preset.beside(&asked);
     let mut options = asked.or(preset).resolve(&name, &checkpoint)?;
     if args.dry_run {
-        return estimate(&options, &checkpoint, &target);
+        return estimate(&options, &checkpoint, target).map(|()| None);
     }
+    team.check_batch(options.batch)?;
     options.check_material(&checkpoint)?;
     let init = args.init.as_deref().map(|folder| train::initial(folder, &options)).transpose()?;
     options.init = args.init;
@@ -119,13 +163,24 @@ pub fn distill(args: DistillArgs) -> Result<()> {
         checkpoint.save(&folder.join("teacher"))
     };
     let run = Run::create(args.out.as_deref(), &run_name, &options, prepare)?;
-    run_distillation(&run, &options, &target)
+    Ok(Some((run, options)))
 }
 
-fn run_distillation(run: &Run, options: &DistillOptions, target: &Device) -> Result<()> {
-    progress::handle_interrupts();
-    eprintln!("run {}, on {}", run.folder.display(), device::name(target));
-    let folder = train::train(run, options, target)?;
+fn run_distillation(
+    run: &Run,
+    options: &DistillOptions,
+    target: &Device,
+    team: &Team,
+    profile: bool,
+) -> Result<()> {
+    let team = announce(run, target, team)?;
+    let folder = train::train(run, options, target, &team)?;
+    if profile {
+        team.report(run)?;
+    }
+    if !team.leads() {
+        return Ok(());
+    }
     eprintln!(
         "generator: {}\npictures:  {}, {}\nnext:      dmd-export model.onnx --from {}",
         folder.display(),
@@ -134,6 +189,16 @@ fn run_distillation(run: &Run, options: &DistillOptions, target: &Device) -> Res
         run.folder.display(),
     );
     Ok(())
+}
+
+/// Says where a run is and by what it is computed, from when on Ctrl-C only asks it to stop.
+fn announce(run: &Run, target: &Device, team: &Team) -> Result<Team> {
+    progress::handle_interrupts();
+    let ranks = if team.size() > 1 { format!("{} ranks, each ", team.size()) } else { String::new() };
+    if team.leads() {
+        eprintln!("run {}, {ranks}on {}", run.folder.display(), device::name(target));
+    }
+    team.clone().connect(target)
 }
 
 /// The resolved options as JSON, without those that only the weights tell if they were not loaded.
@@ -255,39 +320,54 @@ fn duration(seconds: f64) -> String {
 }
 
 /// `dmd-distill teacher`.
-pub fn teacher(args: &TeacherArgs) -> Result<()> {
-    let target = device::parse(&args.device)?;
-    let (run, options, loaded) = match &args.resume {
-        Some(folder) => {
-            let steps = args.resumed_steps()?;
-            let run = Run::open(folder)?;
-            run.check_command("teacher")?;
-            let mut options: TeacherOptions = run.options()?;
-            let loaded = teacher::reload(&options)?;
-            if let Some(steps) = steps.filter(|steps| *steps != options.train_steps) {
-                options.train_steps = steps;
-                run.save_options(&options)?;
-            }
-            (run, options, loaded)
-        }
-        None => {
-            let start = args.resolve()?;
-            if args.dry_run {
-                return print(&format!("{:#}", serde_json::json!(start.options)));
-            }
-            teacher::begin(start, args.out.as_deref())?
-        }
+pub fn teacher(args: &TeacherArgs, team: &Team) -> Result<()> {
+    let target = device::parse_for(&args.device, team)?;
+    let mut loaded = None;
+    let begun = together(team, || {
+        let Some((run, options, images)) = begin_teacher(args, team)? else { return Ok(None) };
+        loaded = Some(images);
+        Ok(Some((run, options)))
+    })?;
+    let Some((run, options)) = begun else { return Ok(()) };
+    let loaded = match loaded {
+        Some(loaded) => loaded,
+        None => teacher::reload(&options)?,
     };
-    progress::handle_interrupts();
-    eprintln!("run {}, on {}", run.folder.display(), device::name(&target));
-    let folder = teacher::train(&run, &options, &loaded, &target)?;
-    eprintln!("base: {}\nnext: dmd-distill --base {}", folder.display(), folder.display());
+    let team = announce(&run, &target, team)?;
+    let folder = teacher::train(&run, &options, &loaded, &target, &team)?;
+    if args.profile {
+        team.report(&run)?;
+    }
+    if team.leads() {
+        eprintln!("base: {}\nnext: dmd-distill --base {}", folder.display(), folder.display());
+    }
     Ok(())
 }
 
-/// `dmd-distill pairs`.
-pub fn pairs(args: &PairsArgs) -> Result<()> {
-    let target = device::parse(&args.device)?;
+fn begin_teacher(args: &TeacherArgs, team: &Team) -> Result<Option<(Run, TeacherOptions, Loaded)>> {
+    let Some(folder) = &args.resume else {
+        let start = args.resolve()?;
+        if args.dry_run {
+            return print(&format!("{:#}", serde_json::json!(start.options))).map(|()| None);
+        }
+        team.check_batch(start.options.batch)?;
+        return teacher::begin(start, args.out.as_deref()).map(Some);
+    };
+    let steps = args.resumed_steps()?;
+    let run = Run::open(folder)?;
+    run.check_command("teacher")?;
+    let mut options: TeacherOptions = run.options()?;
+    let loaded = teacher::reload(&options)?;
+    if let Some(steps) = steps.filter(|steps| *steps != options.train_steps) {
+        options.train_steps = steps;
+        run.save_options(&options)?;
+    }
+    Ok(Some((run, options, loaded)))
+}
+
+/// `dmd-distill pairs`; false if `--check` found that pairs are missing, or there twice.
+pub fn pairs(args: &PairsArgs, team: &Team) -> Result<bool> {
+    let target = device::parse_for(&args.device, team)?;
     let checkpoint = base::load(&args.base)?;
     let total = Schedule::new(&checkpoint.schedule).num_train_timesteps();
     if args.count == 0 || args.steps == 0 || args.steps > total {
@@ -296,15 +376,29 @@ pub fn pairs(args: &PairsArgs) -> Result<()> {
     let options =
         PairsOptions::new(&args.base, &checkpoint, args.sampler, args.steps, args.guidance, args.seed);
     let folder = args.out.clone().unwrap_or_else(|| Path::new("pairs").join(options.folder_name()));
+    if args.check {
+        options.check(&folder)?;
+        let found = Inventory::of(&folder, &checkpoint, args.count)?;
+        print(&found.to_string())?;
+        return Ok(found.is_complete());
+    }
     progress::handle_interrupts();
-    let count = pairs::fill(&folder, &options, &checkpoint, args.count, args.shard, &target)
-        .map_err(|e| e.continue_with("the same command continues"))?;
-    let share = match args.shard {
+    let again = |error: Error| error.continue_with("the same command continues");
+    if team.size() > 1 {
+        pairs::fill_together(&folder, &options, &checkpoint, args.count, &target, team).map_err(again)?;
+        if team.leads() {
+            eprintln!("{} pairs by {} ranks in {}", args.count, team.size(), folder.display());
+        }
+        return Ok(true);
+    }
+    let share = args.share()?;
+    let count = pairs::fill(&folder, &options, &checkpoint, args.count, share, &target).map_err(again)?;
+    let share = match share {
         Share::ALL => String::new(),
         Share { index, of } => format!(" of share {index}/{of}"),
     };
     eprintln!("{count} pairs{share} in {}", folder.display());
-    Ok(())
+    Ok(true)
 }
 
 /// `dmd-distill sample`.

@@ -3,15 +3,21 @@
 use candle_core::Device;
 
 use crate::error::{Error, Result};
+use crate::parallel::Team;
 
 /// The device of `auto`, `cpu`, `cuda` or `cuda:N`; `auto` takes CUDA where the build and the machine have it.
 pub fn parse(text: &str) -> Result<Device> {
+    parse_for(text, &Team::alone())
+}
+
+/// The same for one of several ranks: unless a number is given, each takes another GPU of its host.
+pub fn parse_for(text: &str, team: &Team) -> Result<Device> {
     match text {
         "cpu" => Ok(Device::Cpu),
         "auto" if !cfg!(feature = "cuda") => Ok(Device::Cpu),
-        "auto" => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+        "auto" => Ok(Device::new_cuda(team.local_rank()).unwrap_or(Device::Cpu)),
         _ => match text.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or(rest)) {
-            Some(rest) => cuda(text, rest),
+            Some(rest) => cuda(text, rest, team.local_rank()),
             None => Err(Error::Request(format!(
                 "got `--device {text}`, expected `auto`, `cpu`, `cuda` or `cuda:N`"
             ))),
@@ -19,7 +25,7 @@ pub fn parse(text: &str) -> Result<Device> {
     }
 }
 
-fn cuda(text: &str, number: &str) -> Result<Device> {
+fn cuda(text: &str, number: &str, own: usize) -> Result<Device> {
     if !cfg!(feature = "cuda") {
         return Err(Error::Request(format!(
             "`--device {text}`: this build has no CUDA\n\nhint: build it with `cargo build --release -p dmd-distill \
@@ -27,7 +33,7 @@ fn cuda(text: &str, number: &str) -> Result<Device> {
         )));
     }
     let index = match number {
-        "" => 0,
+        "" => own,
         number => number.parse().map_err(|_| {
             Error::Request(format!("got `--device {text}`, expected `cuda` or `cuda:N` with a number N"))
         })?,

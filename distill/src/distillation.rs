@@ -3,6 +3,7 @@
 //! of real images on the critic's bottleneck as in Yin et al. 2024 (DMD2, arXiv:2405.14867), sections 4.2 and 4.3. No
 //! files, no pictures.
 
+use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor};
 use dmd_core::card::GeneratorConfig;
 use dmd_core::net::{OneStep, discriminator};
@@ -15,6 +16,7 @@ use crate::error::Result;
 use crate::losses::{self, NoiseLevels};
 use crate::network::{Engine, Guidance, Network, Tensors, initial_discriminator};
 use crate::optimiser::{AdamW, AdamWConfig};
+use crate::parallel::Team;
 use crate::regression::{Distance, Regression};
 use crate::teacher::part;
 use crate::train::DistillOptions;
@@ -41,6 +43,7 @@ pub struct Distillation<'a> {
     generator_optimiser: AdamW,
     fake_optimiser: AdamW,
     pub(crate) device: Device,
+    team: Team,
 }
 
 /// What one update of the generator leaves, and of the critic after it.
@@ -123,6 +126,7 @@ impl<'a> Distillation<'a> {
             range: base.config.range(),
             steps: schedule.num_train_timesteps(),
             device: device.clone(),
+            share: 0..options.batch,
         };
         Ok(Self {
             options,
@@ -146,7 +150,15 @@ impl<'a> Distillation<'a> {
             generator_optimiser,
             fake_optimiser,
             device: device.clone(),
+            team: Team::alone(),
         })
+    }
+
+    /// The same as one of several ranks, each with its share of every batch.
+    pub fn shared(mut self, team: &Team) -> Self {
+        self.dice.share = team.share(self.options.batch);
+        self.team = team.clone();
+        self
     }
 
     /// The same with all networks on another engine than the device's own.
@@ -164,7 +176,21 @@ impl<'a> Distillation<'a> {
         for k in 0..if self.options.matches(step) { self.options.fake_updates } else { 0 } {
             self.update_critic(&self.dice.critic(step, k, material)?, &mut update)?;
         }
+        self.average_losses(&mut update);
         Ok(update)
+    }
+
+    /// Replaces the mean losses of this rank's images by those of the whole batch.
+    fn average_losses(&self, update: &mut Update) {
+        if self.team.size() == 1 {
+            return;
+        }
+        let weight = self.team.weight(self.options.batch);
+        let Update { dm, reg, adversarial, fake, discrimination, .. } = update;
+        let losses = [dm, reg, adversarial, fake, discrimination];
+        let mut values = losses.each_ref().map(|loss| **loss * weight);
+        self.team.sum(&mut values);
+        losses.into_iter().zip(values).for_each(|(loss, value)| *loss = value);
     }
 
     /// Sets the learning rates of generator and critic.
@@ -184,9 +210,17 @@ impl<'a> Distillation<'a> {
     /// Algorithm 1, lines 5 to 13.
     pub fn update_generator(&mut self, draws: &GeneratorDraws) -> Result<Update> {
         let (loss, mut update) = self.generator_loss(draws)?;
-        let grads = loss.backward()?;
+        let grads = self.gradients(&loss, &self.generator)?;
         update.norm = self.generator_optimiser.step(self.generator.variables(), &grads)?;
         Ok(update)
+    }
+
+    /// The gradients of a loss that is the mean over this rank's images, averaged over all ranks' images.
+    fn gradients(&self, loss: &Tensor, network: &Network) -> Result<GradStore> {
+        let mut grads = loss.backward()?;
+        let weight = self.team.weight(self.options.batch);
+        self.team.average(&mut grads, network.variables(), weight)?;
+        Ok(grads)
     }
 
     /// What the generator minimises: distribution matching on fresh noise, regression on pairs, DMD2's adversarial loss.
@@ -259,7 +293,8 @@ impl<'a> Distillation<'a> {
     /// Algorithm 1, lines 14 to 17; adds to the means of the update that it follows.
     pub fn update_critic(&mut self, draws: &CriticDraws, update: &mut Update) -> Result<()> {
         let loss = self.critic_loss(draws, update)?;
-        let norm = self.fake_optimiser.step(self.fake.variables(), &loss.backward()?)?;
+        let grads = self.gradients(&loss, &self.fake)?;
+        let norm = self.fake_optimiser.step(self.fake.variables(), &grads)?;
         update.fake_norm += norm / self.options.fake_updates as f64;
         Ok(())
     }

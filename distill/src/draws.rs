@@ -1,6 +1,9 @@
 //! Everything random about an update of a distillation, drawn before anything is computed: what
 //! [`crate::distillation`] computes is then a function of it, which tests feed with the draws of another program.
-//! Every number is one of (seed, purpose, step), see [`crate::random`].
+//! Every number is one of (seed, purpose, step) and of the image in the batch, see [`crate::random`]: ranks that share a batch
+//! draw what one process would.
+
+use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
@@ -89,6 +92,8 @@ pub struct Dice<'a> {
     pub steps: usize,
     /// Where tensors are made.
     pub device: Device,
+    /// The images of each batch that are drawn here: all, unless several ranks share it.
+    pub share: Range<usize>,
 }
 
 impl Dice<'_> {
@@ -100,12 +105,12 @@ impl Dice<'_> {
         let [from, to] = self.matching_steps();
         let matching = match o.matches(step) && o.dm_weight > 0.0 {
             false => None,
-            true => Some(self.noise(&mut random, from, to, o.dm_draws * o.batch)?),
+            true => Some(self.noise(&mut random, from, to, o.dm_draws)?),
         };
         let pairs = match &material.pairs {
             Some(pairs) if o.regresses(step) => {
                 let indices: Vec<usize> = (0..o.batch).map(|_| random.below(pairs.count())).collect();
-                let (z, y, class) = pairs.batch(&indices, &self.device)?;
+                let (z, y, class) = pairs.batch(&indices[self.share.clone()], &self.device)?;
                 Some(PairBatch { input: Input { z, class }, y })
             }
             _ => None,
@@ -114,7 +119,7 @@ impl Dice<'_> {
             false => None,
             true => {
                 let mut random = Random::new(o.seed, Purpose::Adversarial, step);
-                Some(self.noise(&mut random, 0, self.steps, o.batch)?)
+                Some(self.noise(&mut random, 0, self.steps, 1)?)
             }
         };
         Ok(GeneratorDraws { input, matching, pairs, adversarial })
@@ -127,7 +132,7 @@ impl Dice<'_> {
         let number = step * o.fake_updates + k;
         let mut random = Random::new(o.seed, Purpose::Critic, number);
         let input = if k == 0 { None } else { Some(self.input(&mut random)?) };
-        let noise = self.noise(&mut random, 0, self.steps, o.batch)?;
+        let noise = self.noise(&mut random, 0, self.steps, 1)?;
         let real = material.real.as_ref().map(|real| self.real(number, real)).transpose()?;
         Ok(CriticDraws { input, noise, real })
     }
@@ -135,11 +140,12 @@ impl Dice<'_> {
     fn real(&self, number: u64, real: &Dataset) -> Result<RealBatch> {
         let mut random = Random::new(self.options.seed, Purpose::Real, number);
         let indices: Vec<usize> = (0..self.options.batch).map(|_| random.below(real.len())).collect();
+        let indices = &indices[self.share.clone()];
         let labels = || indices.iter().map(|i| u32::from(real.labels[*i])).collect::<Vec<u32>>();
         Ok(RealBatch {
-            images: real.batch(&indices, self.range, &self.device)?,
+            images: real.batch(indices, self.range, &self.device)?,
             class: self.classes.map(|_| Tensor::new(labels(), &self.device)).transpose()?,
-            noise: self.noise(&mut random, 0, self.steps, 2 * indices.len())?,
+            noise: self.noise(&mut random, 0, self.steps, 2)?,
         })
     }
 
@@ -147,18 +153,29 @@ impl Dice<'_> {
     fn input(&self, random: &mut Random) -> Result<Input> {
         let class = self.classes.map(|n| {
             let classes: Vec<u32> = (0..self.options.batch).map(|_| random.below(n) as u32).collect();
-            Tensor::new(classes, &self.device)
+            Tensor::new(&classes[self.share.clone()], &self.device)
         });
-        let [c, h, w] = self.image;
-        let z = random.normal_tensor(&[self.options.batch, c, h, w], &self.device)?;
-        Ok(Input { z, class: class.transpose()? })
+        Ok(Input { z: self.normal(random, 1)?, class: class.transpose()? })
     }
 
-    /// Steps drawn uniformly from `from..to`, and noise.
-    fn noise(&self, random: &mut Random, from: usize, to: usize, count: usize) -> Result<Noise> {
-        let t: Vec<u32> = (0..count).map(|_| (from + random.below(to - from)) as u32).collect();
+    /// Steps drawn uniformly from `from..to`, and noise, for `batches` batches one after the other.
+    fn noise(&self, random: &mut Random, from: usize, to: usize, batches: usize) -> Result<Noise> {
+        let count = batches * self.options.batch;
+        let all: Vec<u32> = (0..count).map(|_| (from + random.below(to - from)) as u32).collect();
+        let t = self.rows(batches).into_iter().flat_map(|rows| all[rows].to_vec()).collect();
+        Ok(Noise { t, eps: self.normal(random, batches)? })
+    }
+
+    fn normal(&self, random: &mut Random, batches: usize) -> Result<Tensor> {
         let [c, h, w] = self.image;
-        Ok(Noise { t, eps: random.normal_tensor(&[count, c, h, w], &self.device)? })
+        let values = random.normal_rows(batches * self.options.batch, c * h * w, &self.rows(batches));
+        Ok(Tensor::from_vec(values, (batches * self.share.len(), c, h, w), &self.device)?)
+    }
+
+    /// The images of `batches` batches that are drawn here.
+    fn rows(&self, batches: usize) -> Vec<Range<usize>> {
+        let all = (0..batches).map(|k| k * self.options.batch);
+        all.map(|first| first + self.share.start..first + self.share.end).collect()
     }
 
     /// First of the steps at which distributions are matched, and the one after the last.

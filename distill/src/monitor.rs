@@ -42,7 +42,7 @@ pub struct Monitor {
 }
 
 /// What to do after a look.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Verdict {
     /// Go on.
     Fine,

@@ -10,6 +10,7 @@ use dmd_core::net::{OneStep, celeba_unet, denoise, discriminator, one_step, shap
 use crate::cpu;
 use crate::error::{Error, Result};
 use crate::ops::CandleOps;
+use crate::parallel::Team;
 use crate::random::{Purpose, Random};
 use crate::statistics::BatchStatistics;
 
@@ -107,7 +108,12 @@ impl Network {
     /// While a base is trained, BatchNorm normalises by the statistics of its own batch, and [`Self::update_statistics`] moves the
     /// running ones. Without this, as in distillation and sampling, they are fixed: one function for training and use.
     pub fn training_statistics(self) -> Self {
-        Self { statistics: Some(BatchStatistics::default()), ..self }
+        self.shared_statistics(&Team::alone(), 1.0)
+    }
+
+    /// The same with the statistics of a batch that ranks share; `weight` is the share of this one's images.
+    pub fn shared_statistics(self, team: &Team, weight: f64) -> Self {
+        Self { statistics: Some(BatchStatistics::new(team, weight)), ..self }
     }
 
     /// Moves the running statistics a tenth of the way to those of the last prediction, as PyTorch does.

@@ -1,10 +1,10 @@
 //! The command line, and how it becomes resolved options: preset, then TOML file, then flags.
 
 mod check;
+mod stages;
 
 use std::path::{Path, PathBuf};
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use dmd_core::sampler::Sampler;
 use dmd_core::schedule::Schedule;
@@ -19,14 +19,13 @@ use crate::eval::EvalArgs;
 use crate::files;
 use crate::network::Guidance;
 use crate::optimiser::LrSchedule;
-use crate::pairs::{PairsOptions, Share};
+use crate::pairs::PairsOptions;
 use crate::regression::Distance;
 use crate::teacher::options::TeacherArgs;
 use crate::train::{DistillOptions, Keep, Method};
 
-fn sampler() -> impl TypedValueParser<Value = Sampler> {
-    PossibleValuesParser::new(Sampler::NAMES).try_map(|name| name.parse::<Sampler>())
-}
+use self::stages::sampler;
+pub use self::stages::{PairsArgs, SampleArgs};
 
 /// `sigma_t / alpha_t` of the step that `--t-gen auto` picks.
 const AUTO_SIGMA_EDM: f64 = 2.5;
@@ -92,7 +91,7 @@ pub struct DistillArgs {
     /// ddpm-celeba's network, or a model of the Hugging Face hub
     #[arg(long, value_name = "NAME|DIR|FILE|ORG/REPO[@REVISION]")]
     pub base: Option<String>,
-    /// Continue the run in this folder; only --train-steps, --device and --dry-run may be given with it
+    /// Continue the run in this folder; only --train-steps, --device, --profile and --dry-run may be given with it
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
     /// Run folder to create [default: the next free runs/BASE-NNN]
@@ -108,6 +107,9 @@ pub struct DistillArgs {
     /// Where to compute
     #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
     pub device: String,
+    /// Print how long an update takes and what part of it is communication between ranks, and keep it as `profile.json`
+    #[arg(long)]
+    pub profile: bool,
     /// Print the resolved options and the estimated cost, and stop
     #[arg(long)]
     pub dry_run: bool,
@@ -245,70 +247,6 @@ pub struct Recipe {
     /// Images of a sample grid; the comparison with the teacher's 50 steps has at most 20 [default: 40]
     #[arg(long, value_name = "N")]
     pub samples: Option<usize>,
-}
-
-/// A pre-computation of pairs.
-#[derive(Clone, Debug, Args)]
-pub struct PairsArgs {
-    /// Base: anything that `dmd-distill --base` takes
-    #[arg(long, value_name = "NAME|DIR|FILE|ORG/REPO")]
-    pub base: String,
-    /// Number of pairs
-    #[arg(long, value_name = "N")]
-    pub count: usize,
-    /// Steps per pair
-    #[arg(long, value_name = "N", default_value_t = 50)]
-    pub steps: usize,
-    /// Sampler
-    #[arg(long, value_name = "NAME", default_value = "ddim", value_parser = sampler())]
-    pub sampler: Sampler,
-    /// Classifier-free guidance; 1 is none
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
-    pub guidance: f64,
-    /// Seed of the run that will use the pairs; their noise comes from this seed with the top bit flipped
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub seed: u32,
-    /// Compute only the share I (from 0) of N, for N processes that fill one folder together
-    #[arg(long, value_name = "I/N", default_value = "0/1")]
-    pub shard: Share,
-    /// Folder of the pairs [default: pairs/ and a name made of base, sampler and seed]
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-    /// Where to compute
-    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
-    pub device: String,
-}
-
-/// A grid of samples.
-#[derive(Clone, Debug, Args)]
-pub struct SampleArgs {
-    /// Checkpoint folder, run folder, or anything that `dmd-distill --base` takes
-    #[arg(value_name = "DIR|NAME|FILE|ORG/REPO")]
-    pub model: String,
-    /// Steps: 1 for a generator, more for a base [default: 1 or 50]
-    #[arg(long, value_name = "N")]
-    pub steps: Option<usize>,
-    /// Sampler of a base: ddim, ddpm (ancestral) or heun (two network evaluations per step)
-    #[arg(long, value_name = "NAME", default_value = "ddim", value_parser = sampler())]
-    pub sampler: Sampler,
-    /// Classifier-free guidance of a base; 1 is none
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
-    pub guidance: f64,
-    /// Images
-    #[arg(long, value_name = "N", default_value_t = 40)]
-    pub count: usize,
-    /// Seed of the noise
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub seed: u32,
-    /// PNG file to write
-    #[arg(short, long, value_name = "FILE", default_value = "grid.png")]
-    pub output: PathBuf,
-    /// Replace an existing file
-    #[arg(long)]
-    pub force: bool,
-    /// Where to compute
-    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
-    pub device: String,
 }
 
 impl Recipe {

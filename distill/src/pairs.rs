@@ -4,8 +4,8 @@
 //! A folder holds `pairs.json` (what was asked) and shards of up to 256 pairs; what is finished is never computed again, and
 //! several processes can fill one folder together.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
@@ -17,8 +17,10 @@ use crate::checkpoint::{Checkpoint, read_tensors, write_json, write_tensors};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::network::{Guidance, Network, Tensors};
+use crate::parallel::Team;
 use crate::progress::{Progress, stop_requested};
 use crate::sampler::{Request, Sampling, sample};
+use crate::share::Share;
 
 /// Pairs in a file.
 const SHARD: usize = 256;
@@ -65,37 +67,11 @@ pub struct Pairs {
 }
 
 /// The first pairs of a file.
-struct Shard {
+pub(crate) struct Shard {
     /// `[count, c, h, w]` in the base's range, f16 on the CPU.
     y: Tensor,
     /// `[count]` u32, if the base is conditional.
     class: Option<Tensor>,
-}
-
-/// A share of the shards, for several processes: those whose index leaves the rest `index` divided by `of`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Share {
-    /// From 0.
-    pub index: usize,
-    /// Number of shares.
-    pub of: usize,
-}
-
-impl Share {
-    /// All shards.
-    pub const ALL: Self = Self { index: 0, of: 1 };
-}
-
-impl FromStr for Share {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let numbers = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
-        match numbers {
-            Some((index, of)) if index < of => Ok(Self { index, of }),
-            _ => Err("expected I/N with I from 0 to N - 1".to_owned()),
-        }
-    }
 }
 
 impl PairsOptions {
@@ -187,6 +163,32 @@ pub fn fill(
     Ok(have)
 }
 
+/// Computes what is missing of the first `count` pairs in `folder`, each of several ranks its share of the shards.
+pub fn fill_together(
+    folder: &Path,
+    options: &PairsOptions,
+    base: &Checkpoint,
+    count: usize,
+    device: &Device,
+    team: &Team,
+) -> Result<()> {
+    if team.size() == 1 {
+        return Ok(());
+    }
+    let share = Share { index: team.rank(), of: team.size() };
+    let interrupted = match fill(folder, options, base, count, share, device) {
+        Ok(_) => None,
+        Err(Error::Interrupted(message)) => Some(message),
+        Err(error) => return Err(error),
+    };
+    // All wait here for the last, and stop together.
+    if team.any(interrupted.is_some()) {
+        let kept = || format!("stopped; finished pairs are kept in `{}`", folder.display());
+        return Err(Error::Interrupted(interrupted.unwrap_or_else(kept)));
+    }
+    Ok(())
+}
+
 /// Hands every shard to `keep`, one after the other.
 fn compute(
     folder: &Path,
@@ -203,18 +205,14 @@ fn compute(
     let teacher = Network::frozen(&base.config, &base.tensors, device)?;
     let mut files = Vec::new();
     for i in (share.index..count.div_ceil(SHARD)).step_by(share.of) {
-        let file = ShardFile {
-            path: folder.join(format!("shard-{i:05}.safetensors")),
-            image: base.config.image_shape(),
-            classes: options.classes,
-        };
+        let file = ShardFile::new(folder, i, base);
         let wanted = SHARD.min(count - i * SHARD);
         files.push((i * SHARD, wanted, stored(&file.read()?).min(wanted), file));
     }
     let mut done: usize = files.iter().map(|(_, _, found, _)| found).sum();
     let total: usize = files.iter().map(|(_, wanted, ..)| wanted).sum();
     let mut progress = Progress::new("pairs", done as u64, total as u64);
-    let mut saved = Instant::now();
+    let (mut saved, mut seen) = (Instant::now(), BTreeMap::new());
     for (first, wanted, _, file) in files {
         let mut shard = file.read()?;
         while stored(&shard) < wanted {
@@ -241,6 +239,11 @@ fn compute(
             }
         }
         if let Some(shard) = shard {
+            if let Some(other) = seen.insert(shard.sha256()?, first / SHARD) {
+                let problem = format!("it holds the images of shard {other}");
+                let hint = "delete the one that was copied: the same command computes it";
+                return Err(Error::content(&file.path, format!("{problem}\n\nhint: {hint}")));
+            }
             keep(shard.first(wanted)?);
         }
     }
@@ -253,8 +256,14 @@ fn stored(shard: &Option<Shard>) -> usize {
 }
 
 impl Shard {
-    fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.y.dims()[0]
+    }
+
+    /// Of the images.
+    pub(crate) fn sha256(&self) -> Result<String> {
+        let values = self.y.flatten_all()?.to_vec1::<half::f16>()?;
+        Ok(files::sha256(bytemuck::cast_slice(&values.iter().map(|v| v.to_bits()).collect::<Vec<u16>>())))
     }
 
     fn append(&self, other: &Self) -> Result<Self> {
@@ -272,15 +281,29 @@ impl Shard {
 }
 
 /// Where a shard is, and what it must hold: `y` f16, and `class` u32 if the base is conditional.
-struct ShardFile {
+pub(crate) struct ShardFile {
     path: PathBuf,
     image: [usize; 3],
     classes: Option<usize>,
 }
 
+/// How many of the first `count` pairs each shard has.
+pub(crate) fn shard_sizes(count: usize) -> impl Iterator<Item = usize> {
+    (0..count.div_ceil(SHARD)).map(move |i| SHARD.min(count - i * SHARD))
+}
+
 impl ShardFile {
+    /// Shard number `i` of the pairs of a base.
+    pub(crate) fn new(folder: &Path, i: usize, base: &Checkpoint) -> Self {
+        Self {
+            path: folder.join(format!("shard-{i:05}.safetensors")),
+            image: base.config.image_shape(),
+            classes: base.class_count(),
+        }
+    }
+
     /// The pairs; none if there is no such file.
-    fn read(&self) -> Result<Option<Shard>> {
+    pub(crate) fn read(&self) -> Result<Option<Shard>> {
         if !self.path.exists() {
             return Ok(None);
         }

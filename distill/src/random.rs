@@ -1,5 +1,7 @@
 //! Every random number of a run, as a function of (seed, purpose, step): a resumed run needs no generator state.
 
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
 use dmd_core::noise;
 use rand_chacha::ChaCha8Rng;
@@ -63,6 +65,23 @@ impl Random {
         Ok(Tensor::from_vec(self.normal(shape.iter().product()), shape, device)?)
     }
 
+    /// Rows of a standard normal tensor `[count, ..]` with `size` values per row: the numbers that it has there, without
+    /// making the others. Afterwards the stream is where it is after the whole tensor.
+    pub fn normal_rows(&mut self, count: usize, size: usize, rows: &[Range<usize>]) -> Vec<f32> {
+        let begin = self.0.get_word_pos();
+        let mut out = Vec::new();
+        for rows in rows {
+            // Two words make two values.
+            let (start, end) = (rows.start * size, rows.end * size);
+            let even = start - start % 2;
+            self.0.set_word_pos(begin + even as u128);
+            let values = self.normal(end - even);
+            out.extend_from_slice(&values[start - even..]);
+        }
+        self.0.set_word_pos(begin + (count * size).next_multiple_of(2) as u128);
+        out
+    }
+
     /// A permutation of `0..count` (Fisher and Yates).
     pub fn permutation(&mut self, count: usize) -> Vec<u32> {
         let mut order: Vec<u32> = (0..count as u32).collect();
@@ -70,5 +89,30 @@ impl Random {
             order.swap(i, self.below(i + 1));
         }
         order
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_those_of_the_whole_tensor() {
+        for (count, size) in [(5, 3), (4, 4), (1, 1), (6, 7)] {
+            let mut random = Random::new(3, Purpose::Critic, 9);
+            random.below(7);
+            let whole = random.normal(count * size);
+            let after = random.below(1 << 20);
+            let some = [0..count / 2, count / 2..count, count - 1..count];
+            for rows in [&some[..1], &some[1..2], &some[..2], &some[1..]] {
+                let mut random = Random::new(3, Purpose::Critic, 9);
+                random.below(7);
+                let got = random.normal_rows(count, size, rows);
+                let expected: Vec<f32> =
+                    rows.iter().flat_map(|rows| whole[rows.start * size..rows.end * size].to_vec()).collect();
+                assert_eq!(got, expected, "{count} by {size}, {rows:?}");
+                assert_eq!(random.below(1 << 20), after, "{count} by {size}, {rows:?}");
+            }
+        }
     }
 }

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use dmd_core::card::{Base, GeneratorConfig, Provenance};
 use dmd_core::sampler::Sampler;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -12,12 +11,14 @@ use crate::checkpoint::{Checkpoint, Source, snapshot};
 use crate::data::{Dataset, Split};
 use crate::distillation::{Distillation, Material, Start};
 use crate::error::{Error, Result};
+use crate::finish::finished;
 use crate::html;
 use crate::judge::Judge;
 use crate::monitor::{Monitor, Verdict};
 use crate::network::{Network, Tensors};
 use crate::optimiser::{Ema, LrSchedule};
 use crate::pairs::{self, PairsOptions};
+use crate::parallel::Team;
 use crate::progress::{Progress, stop_requested};
 use crate::regression::{Distance, Regression};
 use crate::report;
@@ -205,10 +206,14 @@ impl DistillOptions {
     }
 
     /// Computes the pairs that are missing and reads the real images.
-    fn material(&self, base: &Checkpoint, device: &Device) -> Result<Material> {
+    fn material(&self, base: &Checkpoint, device: &Device, team: &Team) -> Result<Material> {
         let pairs = match self.pairs {
             0 => None,
-            count => Some(pairs::prepare(&self.pairs_dir, &self.pairs(base), base, count, device)?),
+            count => {
+                let (folder, description) = (&self.pairs_dir, self.pairs(base));
+                pairs::fill_together(folder, &description, base, count, device, team)?;
+                Some(pairs::prepare(folder, &description, base, count, device)?)
+            }
         };
         Ok(Material { pairs, real: self.real(base)? })
     }
@@ -267,13 +272,14 @@ fn result(run: &Run, options: &DistillOptions, monitor: &Monitor) -> Result<Opti
 }
 
 /// Distils, or continues, and returns the folder of the finished generator: the one that looked best to the metric, or
-/// the last where there is none.
-pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<PathBuf> {
+/// the last where there is none. Of several ranks the first writes and judges.
+pub fn train(run: &Run, options: &DistillOptions, device: &Device, team: &Team) -> Result<PathBuf> {
+    team.check_batch(options.batch)?;
     let base = load_teacher(run)?;
     let resume = format!("continue with `dmd-distill --resume {}`", run.folder.display());
-    let material = options.material(&base, device).map_err(|e| e.continue_with(&resume))?;
-    let judge = Judge::new(options, &base, device)?;
-    let resumed = run.load_state(LATEST)?;
+    let material = options.material(&base, device, team).map_err(|e| e.continue_with(&resume))?;
+    let judge = if team.leads() { Some(Judge::new(options, &base, device)?) } else { None };
+    let resumed = if team.leads() { run.load_state(LATEST)? } else { run.read_state(LATEST)? };
     let mut step = resumed.as_ref().map_or(0, |state| state.step);
     let begun = match (&resumed, &options.init) {
         (None, Some(_)) => Some(run.read_init()?),
@@ -284,16 +290,16 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
         (None, Some(tensors)) => Start::Stage(tensors),
         (None, None) => Start::Base,
     };
-    let mut work = Distillation::new(options, &base, start, device)?;
+    let mut work = Distillation::new(options, &base, start, device)?.shared(team);
     let (average, mut monitor) = match &resumed {
         Some(state) => (part(&state.tensors, "ema.")?, state.note()?),
         None => (snapshot(work.generator.parameters())?, Monitor::default()),
     };
     let mut ema = Ema::new(options.ema, step, average);
-    if resumed.is_some() {
-        eprintln!("continuing after step {step}");
-    } else {
-        save_samples(&work, run, options, 0, &ema.tensors)?;
+    match &resumed {
+        _ if !team.leads() => {}
+        Some(_) => eprintln!("continuing after step {step}"),
+        None => save_samples(&work, run, options, 0, &ema.tensors)?,
     }
 
     let mut progress = Progress::new("distil", step, options.all_steps());
@@ -303,7 +309,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
             work.forget_moments()?;
         }
         work.set_rates(options.rates(step, monitor.rollbacks));
-        let update = work.update(step, &material).map_err(|e| diverged(e, step, run))?;
+        let update = team.timed(|| work.update(step, &material)).map_err(|e| diverged(e, step, run))?;
         ema.update(work.generator.variables())?;
         step += 1;
         let last = step == options.all_steps();
@@ -313,7 +319,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
             "grad_norm": update.norm, "fake_grad_norm": update.fake_norm,
         });
         let mut verdict = Verdict::Fine;
-        if options.judges(step) {
+        if let (true, Some(judge)) = (options.judges(step), &judge) {
             if monitor.reference.is_none() {
                 monitor.reference = Some(judge.reference(&base)?);
             }
@@ -329,24 +335,31 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
             }
             shown = metric.map_or(String::new(), |kid| format!(" kid {kid:.4}"));
         }
-        run.log(&line)?;
+        if options.judges(step) {
+            let found = team.leads().then_some((verdict, monitor.rollbacks));
+            (verdict, monitor.rollbacks) = team.from_leader(found)?;
+        }
+        if team.leads() {
+            run.log(&line)?;
+        }
         let message = format!("dm {:.3} reg {:.3} fake {:.3}{shown}", update.dm, update.reg, update.fake);
         progress.update(step, &message);
         let rolled_back = matches!(verdict, Verdict::Rollback(_));
         match &verdict {
             Verdict::Fine | Verdict::Best => {}
-            Verdict::Alarm(problem) => eprintln!("\nwarning: step {step}: {problem}"),
+            Verdict::Alarm(problem) if team.leads() => eprintln!("\nwarning: step {step}: {problem}"),
+            Verdict::Alarm(_) => {}
             Verdict::Rollback(problem) => {
                 let Some(best) = run.read_state(BEST)? else {
                     return Err(Error::Diverged(format!("step {step}: {problem}\n\nhint: {GENTLER}")));
                 };
                 collapsed = monitor.rollbacks > ROLLBACKS;
                 let then = if collapsed { "and ending there" } else { "at half the learning rate" };
-                eprintln!(
-                    "\nwarning: step {step}: {problem}; going back to the weights of step {} {then}",
-                    best.step
-                );
-                work = Distillation::new(options, &base, Start::State(&best.tensors), device)?;
+                if team.leads() {
+                    let back = format!("going back to the weights of step {} {then}", best.step);
+                    eprintln!("\nwarning: step {step}: {problem}; {back}");
+                }
+                work = Distillation::new(options, &base, Start::State(&best.tensors), device)?.shared(team);
                 if best.step <= options.reg_steps && options.matches(step) {
                     work.forget_moments()?;
                 }
@@ -354,17 +367,20 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
             }
         }
         let last = last || collapsed;
-        if step.is_multiple_of(options.sample_every) || last {
+        if team.leads() && (step.is_multiple_of(options.sample_every) || last) {
             save_samples(&work, run, options, step, &ema.tensors)?;
             report::plot(run)?;
         }
-        let stop = stop_requested();
+        let stop = team.any(stop_requested());
         // The two states are written together: a run that is continued knows no later best than its own.
         if step.is_multiple_of(options.save_every) || last || stop || rolled_back || verdict == Verdict::Best
         {
-            run.save_state(LATEST, step, &work.state(&ema.tensors)?, &monitor)?;
+            team.check_equal(work.generator.parameters().values().chain(work.fake.parameters().values()))?;
+            if team.leads() {
+                run.save_state(LATEST, step, &work.state(&ema.tensors)?, &monitor)?;
+            }
         }
-        if verdict == Verdict::Best {
+        if team.leads() && verdict == Verdict::Best {
             run.keep_state(LATEST, BEST)?;
         }
         if last {
@@ -373,6 +389,10 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
         if stop {
             return Err(Error::Interrupted(format!("stopped after step {step}\n\nhint: {resume}")));
         }
+    }
+    let folder = run.path("generator");
+    if !team.leads() {
+        return Ok(folder);
     }
     if collapsed {
         eprintln!("warning: the samples collapsed {} times\n\nhint: {GENTLER}", monitor.rollbacks);
@@ -383,7 +403,6 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device) -> Result<Pat
         Some(best) => (best.step, part(&best.tensors, "ema.")?),
         None => (step, ema.tensors),
     };
-    let folder = run.path("generator");
     finished(options, &base, weights, taken, &monitor).save(&folder)?;
     let generator = Checkpoint::load(&Source::Folder(folder.clone()))?;
     report::comparison(&run.path("comparison.png"), &base, &generator, options, device)?;
@@ -421,48 +440,4 @@ fn save_samples(
     let x = one_step(&network, &work.one_step, &request)?;
     let path = run.path(&format!("samples/step-{step:06}.png"));
     save_grid(&path, &images(&x, network.config.range())?, 10, 2)
-}
-
-/// The generator as a checkpoint, with its history.
-fn finished(
-    o: &DistillOptions,
-    base: &Checkpoint,
-    weights: Tensors,
-    step: u64,
-    monitor: &Monitor,
-) -> Checkpoint {
-    let images = step * o.batch as u64;
-    let training = json!({
-        "method": o.method, "steps": step, "steps_trained": o.all_steps(), "images": images, "batch": o.batch, "lr": o.lr,
-        "lr_fake": o.lr_fake, "lambda_reg": o.lambda_reg, "pairs": o.pairs, "pair_steps": o.pair_steps,
-        "reg_steps": o.reg_steps, "lr_reg": o.lr_reg, "fake_updates": o.fake_updates, "ema": o.ema, "guidance": o.guidance, "second_stage": o.init.is_some(),
-        "dm_weight": o.dm_weight, "gan_weight": o.gan_weight, "gan_weight_fake": o.gan_weight_fake, "reg": o.reg, "reg_until": o.reg_until,
-        "dm_draws": o.dm_draws, "clamp": o.clamp, "seed": o.seed,
-    });
-    let kid = monitor.best.filter(|(_, at)| *at == step).map(|(kid, _)| ("kid".to_owned(), json!(kid)));
-    let metrics = kid.into_iter().collect();
-    Checkpoint {
-        config: base.config.clone(),
-        schedule: base.schedule.clone(),
-        generator: Some(GeneratorConfig { t_gen: o.t_gen, input_scale: o.input_scale }),
-        provenance: Provenance {
-            name: format!("one-step-{}", base.provenance.name.trim_start_matches("ddpm-")),
-            classes: base.provenance.classes.clone(),
-            base: Some(
-                base.provenance
-                    .base
-                    .clone()
-                    .unwrap_or_else(|| Base { id: base_id(&o.base), sha256: o.base_sha256.clone() }),
-            ),
-            training: training.as_object().cloned().unwrap_or_default(),
-            metrics,
-        },
-        tensors: weights,
-        sha256: String::new(),
-    }
-}
-
-/// A preset's name, or the last part of a folder's path; a model of the hub says itself what it is.
-fn base_id(base: &str) -> String {
-    Path::new(base).file_name().map_or(base.to_owned(), |n| n.to_string_lossy().into_owned())
 }

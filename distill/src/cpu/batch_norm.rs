@@ -20,13 +20,15 @@ pub struct Moments {
     /// Biased variance: what the batch is normalised by.
     pub variance: Vec<f32>,
     /// Values per channel.
-    pub count: usize,
+    pub count: f64,
+    statistics: BatchStatistics,
 }
 
 impl Moments {
-    /// Of a batch. The sums are taken relative to the first value, so that a constant channel comes out exactly constant.
-    pub fn of(x: &Images) -> Self {
-        let count = x.n * x.h * x.w;
+    /// Of a batch, with the images that other ranks have. The sums are taken relative to the first value, so that a constant
+    /// channel comes out exactly constant.
+    pub fn of(x: &Images, statistics: &BatchStatistics) -> Self {
+        let own = (x.n * x.h * x.w) as f64;
         let first: Vec<f32> = x.data[..x.pixel()].iter().step_by(lanes()).copied().collect();
         let shift = per_lane(&first);
         let sums = sums(
@@ -38,13 +40,17 @@ impl Moments {
                 }
             },
         );
-        let mean: Vec<f32> = sums
-            .iter()
-            .zip(&first)
-            .map(|(sum, first)| (sum / count as f64 + f64::from(*first)) as f32)
-            .collect();
+        let pairs = || sums.iter().zip(&first).map(|(sum, first)| (sum, f64::from(*first)));
+        let (count, mean): (f64, Vec<f32>) = match statistics.is_shared() {
+            false => (own, pairs().map(|(sum, first)| (sum / own + first) as f32).collect()),
+            true => {
+                let mut sums: Vec<f64> = [own].into_iter().chain(pairs().map(|(s, f)| s + own * f)).collect();
+                statistics.sum(&mut sums);
+                (sums[0], sums[1..].iter().map(|sum| (sum / sums[0]) as f32).collect())
+            }
+        };
         let centre = per_lane(&mean);
-        let squares = self::sums(
+        let mut squares = self::sums(
             x,
             #[inline(always)]
             |sum, x| {
@@ -53,13 +59,14 @@ impl Moments {
                 }
             },
         );
-        let variance = squares.iter().map(|sum| (sum / count as f64) as f32).collect();
-        Self { mean, variance, count }
+        statistics.sum(&mut squares);
+        let variance = squares.iter().map(|sum| (sum / count) as f32).collect();
+        Self { mean, variance, count, statistics: statistics.clone() }
     }
 
     /// The unbiased variance, which running statistics follow.
     pub fn unbiased(&self) -> Vec<f32> {
-        let factor = self.count as f32 / (self.count - 1) as f32;
+        let factor = self.count as f32 / (self.count - 1.0) as f32;
         self.variance.iter().map(|variance| variance * factor).collect()
     }
 
@@ -69,7 +76,7 @@ impl Moments {
     }
 
     /// Gradient with respect to `x`; adds those of weight and bias. With `x̂ = (x − mean)/sqrt(var + eps)` and the gradient `d`:
-    /// `weight/sqrt(var + eps)·(d − mean(d) − x̂·mean(d·x̂))`.
+    /// `weight/sqrt(var + eps)·(d − mean(d) − x̂·mean(d·x̂))`, the means over the images of all ranks.
     pub fn backward(
         &self,
         eps: f64,
@@ -93,17 +100,23 @@ impl Moments {
                 }
             },
         );
-        let mean_d: Vec<f32> = total.iter().map(|sum| (sum / self.count as f64) as f32).collect();
-        // How much x − mean counts: mean(d·x̂)/sqrt(var + eps).
-        let factor: Vec<f32> = with_x
-            .iter()
-            .zip(&scale)
-            .map(|(sum, scale)| (sum / self.count as f64) as f32 * scale * scale)
-            .collect();
         for ((d_weight, sum), scale) in d_weight.iter_mut().zip(&with_x).zip(&scale) {
             *d_weight += *sum as f32 * scale;
         }
         d_bias.iter_mut().zip(&total).for_each(|(d_bias, sum)| *d_bias += *sum as f32);
+        let mut both = [total, with_x].concat();
+        let statistics = &self.statistics;
+        if statistics.is_shared() {
+            // Each rank's loss is a mean over its own images; the gradients of weight and bias are averaged later.
+            both.iter_mut().for_each(|sum| *sum *= statistics.weight());
+            statistics.sum(&mut both);
+            both.iter_mut().for_each(|sum| *sum /= statistics.weight());
+        }
+        let (total, with_x) = both.split_at(scale.len());
+        let mean_d: Vec<f32> = total.iter().map(|sum| (sum / self.count) as f32).collect();
+        // How much x − mean counts: mean(d·x̂)/sqrt(var + eps).
+        let factor: Vec<f32> =
+            with_x.iter().zip(&scale).map(|(sum, scale)| (sum / self.count) as f32 * scale * scale).collect();
         let slope: Vec<f32> = scale.iter().zip(weight).map(|(scale, weight)| scale * weight).collect();
         let (slope, mean_d, factor) = (per_lane(&slope), per_lane(&mean_d), per_lane(&factor));
         let (n, group) = (x.n, x.group());
@@ -138,12 +151,12 @@ impl CpuOps<'_> {
         statistics: &BatchStatistics,
     ) -> Result<Value, Error> {
         let (layer, images) = (self.affine(name)?, &x.images);
-        if images.n * images.h * images.w < 2 {
+        if images.n * images.h * images.w < 2 && !statistics.is_shared() {
             let got = vec![images.n, images.c, images.h, images.w];
             let expected = "at least two values per channel, to take statistics of".to_owned();
             return Err(dmd_core::Error::Shape { name: name.to_owned(), got, expected }.into());
         }
-        let moments = Moments::of(images);
+        let moments = Moments::of(images, statistics);
         let tensor = |values: Vec<f32>| Tensor::from_vec(values, spec.channels, &Device::Cpu);
         statistics.record(name, tensor(moments.mean.clone())?, tensor(moments.unbiased())?);
         let (weight, bias) = (&self.flat[layer.weight.clone()], &self.flat[layer.bias.clone()]);

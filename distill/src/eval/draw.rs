@@ -1,4 +1,4 @@
-//! Images of the models that are judged; those of a teacher are costly and kept in a folder.
+//! Images of the models that are judged; those of a teacher are costly and kept in a folder, which several processes can fill.
 //!
 //! A folder holds `teacher.json` (whose images, drawn how) and shards of up to 256 images, rounded to 8 bits, each with the
 //! SHA-256 of its pixels. What is finished is never computed again, also for another number of images.
@@ -16,6 +16,7 @@ use crate::files;
 use crate::network::{Guidance, Network, Tensors};
 use crate::progress::{Progress, stop_requested};
 use crate::sampler::{self, Request, Sampling};
+use crate::share::Share;
 
 /// Images drawn at once.
 const BATCH: usize = 64;
@@ -66,16 +67,44 @@ pub fn one_step(
     all.ok_or_else(|| Error::Request("`--count` must be at least 1".into()))
 }
 
-/// `count` images of a teacher in `steps` steps, from the folder for them below `cache` as far as they are there.
-pub fn many_steps(
-    teacher: &Checkpoint,
-    guidance: f64,
-    steps: usize,
-    seed: u32,
-    count: usize,
-    cache: &Path,
+/// Images of a teacher by DDIM.
+pub struct ManySteps<'a> {
+    /// Whose.
+    pub teacher: &'a Checkpoint,
+    /// Classifier-free guidance; 1 is none.
+    pub guidance: f64,
+    /// Steps per image.
+    pub steps: usize,
+    /// Seed of the noise.
+    pub seed: u32,
+    /// How many.
+    pub count: usize,
+    /// Below this, in a folder of their own, they are kept.
+    pub cache: &'a Path,
+}
+
+/// All these images, from their folder as far as they are there.
+pub fn many_steps(images: &ManySteps, device: &Device) -> Result<Pictures> {
+    let mut all = None;
+    draw(images, Share::ALL, device, |pictures| join(&mut all, pictures))?;
+    all.ok_or_else(|| Error::Request("`--count` must be at least 1".into()))
+}
+
+/// Draws what is missing of a share of these images; returns how many the share has, and their folder.
+pub fn fill(images: &ManySteps, share: Share, device: &Device) -> Result<(usize, PathBuf)> {
+    let mut have = 0;
+    let folder = draw(images, share, device, |pictures| have += pictures.len())?;
+    Ok((have, folder))
+}
+
+/// Hands every file's images of a share to `keep`, one after the other.
+fn draw(
+    images: &ManySteps,
+    share: Share,
     device: &Device,
-) -> Result<Pictures> {
+    mut keep: impl FnMut(Pictures),
+) -> Result<PathBuf> {
+    let ManySteps { teacher, guidance, steps, seed, count, cache } = *images;
     let description = Description {
         sha256: teacher.sha256.clone(),
         model_sha256: teacher.description_sha256(),
@@ -87,22 +116,23 @@ pub fn many_steps(
         shape: teacher.config.image_shape(),
     };
     let folder = claim(cache, &teacher.provenance.name, &description)?;
-    let shards: Vec<(PathBuf, usize)> = (0..count.div_ceil(SHARD))
-        .map(|i| (folder.join(format!("shard-{i:05}.safetensors")), SHARD.min(count - i * SHARD)))
-        .collect();
-    let found = shards.iter().map(|(path, _)| read(path, description.shape)).collect::<Result<Vec<_>>>()?;
     let have = |pictures: &Option<Pictures>| pictures.as_ref().map_or(0, Pictures::len);
-    let mut done: usize =
-        found.iter().zip(&shards).map(|(found, (_, wanted))| have(found).min(*wanted)).sum();
-    let mut progress = Progress::new("teacher", done as u64, count as u64);
+    let (mut shards, mut done, mut total) = (Vec::new(), 0, 0);
+    for i in (share.index..count.div_ceil(SHARD)).step_by(share.of) {
+        let path = folder.join(format!("shard-{i:05}.safetensors"));
+        let (found, wanted) = (read(&path, description.shape)?, SHARD.min(count - i * SHARD));
+        done += have(&found).min(wanted);
+        total += wanted;
+        shards.push((i, path, wanted, found));
+    }
+    let mut progress = Progress::new("teacher", done as u64, total as u64);
     let network = Network::frozen(&teacher.config, &teacher.tensors, device)?;
     let schedule = Schedule::new(&teacher.schedule);
     let guidance = Guidance::new(guidance, teacher.provenance.classes.as_ref())?;
     let sampling = Sampling { guidance, ..Sampling::ddim(steps) };
-    let mut all: Option<Pictures> = None;
-    for (i, (mut pictures, (path, wanted))) in found.into_iter().zip(&shards).enumerate() {
+    for (i, path, wanted, mut pictures) in shards {
         let first = have(&pictures);
-        for start in (first..*wanted).step_by(BATCH) {
+        for start in (first..wanted).step_by(BATCH) {
             let size = BATCH.min(wanted - start);
             let request = Request::new(seed, (i * SHARD + start) as u64, size, description.classes);
             let x = sampler::sample(&network, &schedule, &request, &sampling)?;
@@ -117,15 +147,15 @@ pub fn many_steps(
             }
         }
         let Some(mut pictures) = pictures else { continue };
-        if first < *wanted {
-            write(path, &pictures)?;
+        if first < wanted {
+            write(&path, &pictures)?;
         }
         let size: usize = pictures.shape.iter().product();
         pictures.bytes.truncate(wanted * size);
-        pictures.classes = Request::new(seed, (i * SHARD) as u64, *wanted, description.classes).classes;
-        join(&mut all, pictures);
+        pictures.classes = Request::new(seed, (i * SHARD) as u64, wanted, description.classes).classes;
+        keep(pictures);
     }
-    all.ok_or_else(|| Error::Request("`--count` must be at least 1".into()))
+    Ok(folder)
 }
 
 fn join(all: &mut Option<Pictures>, more: Pictures) {

@@ -15,8 +15,10 @@ use candle_core::Device;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use crate::checkpoint::Checkpoint;
 use crate::data::{Source, Split};
 use crate::error::{Error, Result};
+use crate::share::Share;
 use crate::{device, progress};
 
 pub use pictures::Pictures;
@@ -65,6 +67,10 @@ pub struct EvalArgs {
     /// Folder where a teacher's images are kept, to be computed once
     #[arg(long, value_name = "DIR", default_value = "eval")]
     pub cache: PathBuf,
+    /// Only draw the share I (from 0) of N of the teacher's images, for N processes that fill the folder of --cache together;
+    /// without this option the same command then scores them
+    #[arg(long, value_name = "I/N", conflicts_with_all = ["images", "json"])]
+    pub shard: Option<Share>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -118,12 +124,34 @@ pub struct Evaluation {
 /// `dmd-distill eval`.
 pub fn run(args: &EvalArgs) -> Result<()> {
     let device = device::parse(&args.device)?;
+    if let Some(share) = args.shard {
+        return draw_share(args, share, &device);
+    }
     let found = evaluate(args, &device)?;
     let text = match args.json {
         true => serde_json::to_string_pretty(&found).map_err(|e| Error::content(Path::new("stdout"), e))?,
         false => table::table(&found),
     };
     crate::commands::print(&text)
+}
+
+/// Draws a share of the teacher's images.
+fn draw_share(args: &EvalArgs, share: Share, device: &Device) -> Result<()> {
+    let subject = subject::find(args.model.as_deref().unwrap_or_default(), args.teacher.as_deref())?;
+    subject.check_steps(args.steps)?;
+    let Some(teacher) = &subject.teacher else {
+        return Err(Error::Request("`--shard` draws the images of a teacher, and there is none".into()));
+    };
+    progress::handle_interrupts();
+    let (count, folder) = draw::fill(&many_steps(args, teacher, subject.guidance()), share, device)?;
+    let Share { index, of } = share;
+    eprintln!("{count} images of share {index}/{of} in {}", folder.display());
+    Ok(())
+}
+
+fn many_steps<'a>(args: &'a EvalArgs, teacher: &'a Checkpoint, guidance: f64) -> draw::ManySteps<'a> {
+    let EvalArgs { steps, seed, count, cache, .. } = args;
+    draw::ManySteps { teacher, guidance, steps: *steps, seed: *seed, count: *count, cache }
 }
 
 /// Scores everything that the arguments ask for.
@@ -169,10 +197,10 @@ pub fn evaluate(args: &EvalArgs, device: &Device) -> Result<Evaluation> {
         }
         _ => None,
     };
-    let teacher = subject.teacher.as_ref().map(|teacher| {
-        let guidance = subject.guidance();
-        score(draw::many_steps(teacher, guidance, args.steps, args.seed, args.count, &args.cache, device))
-    });
+    let teacher = subject
+        .teacher
+        .as_ref()
+        .map(|teacher| score(draw::many_steps(&many_steps(args, teacher, subject.guidance()), device)));
     let floor = match test.len() >= args.count {
         true => Some(score(Pictures::balanced(&test, args.count))?),
         false => {
@@ -180,7 +208,7 @@ pub fn evaluate(args: &EvalArgs, device: &Device) -> Result<Evaluation> {
             None
         }
     };
-    let sha256 = |checkpoint: &crate::checkpoint::Checkpoint| checkpoint.sha256.clone();
+    let sha256 = |checkpoint: &Checkpoint| checkpoint.sha256.clone();
     let model = args.images.as_ref().map(|path| path.display().to_string());
     Ok(Evaluation {
         model: model.or(args.model.clone()).unwrap_or_default(),

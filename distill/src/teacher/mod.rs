@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::losses;
 use crate::network::{Network, Tensors, initial_weights};
 use crate::optimiser::{AdamW, AdamWConfig, Ema, LrSchedule, state};
+use crate::parallel::Team;
 use crate::progress::{Progress, stop_requested};
 use crate::random::{Purpose, Random};
 use crate::run::{LATEST, Run, images, save_grid};
@@ -68,8 +69,15 @@ fn load(preset: &Preset, options: &TeacherOptions, source: &data::Source) -> Res
     Ok(loaded)
 }
 
-/// Trains, or continues, and returns the folder of the finished base.
-pub fn train(run: &Run, options: &TeacherOptions, loaded: &Loaded, device: &Device) -> Result<PathBuf> {
+/// Trains, or continues, and returns the folder of the finished base. Of several ranks the first writes.
+pub fn train(
+    run: &Run,
+    options: &TeacherOptions,
+    loaded: &Loaded,
+    device: &Device,
+    team: &Team,
+) -> Result<PathBuf> {
+    team.check_batch(options.batch)?;
     let preset = preset(&options.base)?;
     let config = preset.config()?;
     let schedule_config = preset.schedule()?;
@@ -79,14 +87,24 @@ pub fn train(run: &Run, options: &TeacherOptions, loaded: &Loaded, device: &Devi
     let summary = shapes::summarise(&config)?;
     let constant: BTreeSet<&String> = summary.frozen.difference(&summary.statistics).collect();
 
-    let resumed = run.load_state(LATEST)?;
+    if team.size() > 1 && !summary.statistics.is_empty() && !device.is_cpu() {
+        return Err(Error::Request(format!(
+            "`{}` has BatchNorm, and ranks on GPUs would each normalise by their own images
+
+hint: one rank, or `--device cpu`",
+            options.base
+        )));
+    }
+    let (share, weight) = (team.share(options.batch), team.weight(options.batch));
+
+    let resumed = if team.leads() { run.load_state(LATEST)? } else { run.read_state(LATEST)? };
     let mut step = resumed.as_ref().map_or(0, |state| state.step);
     let weights = match (&resumed, &options.init) {
         (Some(state), _) => part(&state.tensors, "teacher.")?,
         (None, Some(_)) => Checkpoint::load(&Source::Folder(run.path("init")))?.tensors,
         (None, None) => initial_weights(&config, options.seed)?,
     };
-    let mut network = Network::trainable(&config, &weights, device)?.training_statistics();
+    let mut network = Network::trainable(&config, &weights, device)?.shared_statistics(team, weight);
     let mut optimiser = AdamW::new(adam(options), network.variables())?;
     let average = match &resumed {
         Some(state) => part(&state.tensors, "ema.")?,
@@ -95,7 +113,9 @@ pub fn train(run: &Run, options: &TeacherOptions, loaded: &Loaded, device: &Devi
     let mut ema = Ema::new(options.ema, step, average);
     if let Some(state) = &resumed {
         optimiser.load("optimiser", network.variables(), &state.tensors)?;
-        eprintln!("continuing after step {step}");
+        if team.leads() {
+            eprintln!("continuing after step {step}");
+        }
     }
     let mut mean_loss = None;
     for line in run.stats()? {
@@ -105,50 +125,64 @@ pub fn train(run: &Run, options: &TeacherOptions, loaded: &Loaded, device: &Devi
     let mut order = Order::new(options.seed, data.len());
     let mut progress = Progress::new("teacher", step, options.train_steps);
     while step < options.train_steps {
-        let indices = order.batch(step, options.batch);
-        let mut random = Random::new(options.seed, Purpose::Base, step);
-        let flipped: Vec<bool> = match options.flip {
-            true => indices.iter().map(|_| random.unit() < 0.5).collect(),
-            false => vec![],
-        };
-        let x0 = data.batch_flipped(&indices, &flipped, config.range(), device)?;
-        let first = first_step(&config);
-        let total = schedule.num_train_timesteps();
-        let t: Vec<u32> = indices.iter().map(|_| (first + random.below(total - first)) as u32).collect();
-        let class = classes.as_ref().map(|c| {
-            let pick = |i: &usize| match c.none {
-                Some(none) if random.unit() < options.drop_label => none as u32,
-                _ => u32::from(data.labels[*i]),
-            };
-            indices.iter().map(pick).collect::<Vec<u32>>()
-        });
-        let class = class.map(|c| Tensor::new(c, device)).transpose()?;
-        let eps = random.normal_tensor(x0.dims(), device)?;
-        let levels = losses::NoiseLevels::new(&schedule, &t, device)?;
-        let prediction = network.predict(&levels.noisy(&x0, &eps)?, &levels.t, class.as_ref())?;
-        let loss = losses::denoising(&prediction, &levels.target(&x0, &eps)?)?;
-        let grads = loss.backward()?;
         optimiser.config.lr = options.lr * lr_factor(options, step);
-        let norm = optimiser.step(network.variables(), &grads)?;
-        network.update_statistics()?;
+        let (loss, norm) = team.timed(|| {
+            let indices = order.batch(step, options.batch);
+            let mut random = Random::new(options.seed, Purpose::Base, step);
+            let flipped: Vec<bool> = match options.flip {
+                true => indices.iter().map(|_| random.unit() < 0.5).collect(),
+                false => vec![false; indices.len()],
+            };
+            let (own, range) = (share.clone(), config.range());
+            let x0 = data.batch_flipped(&indices[own.clone()], &flipped[own.clone()], range, device)?;
+            let first = first_step(&config);
+            let total = schedule.num_train_timesteps();
+            let t: Vec<u32> = indices.iter().map(|_| (first + random.below(total - first)) as u32).collect();
+            let class = classes.as_ref().map(|c| {
+                let pick = |i: &usize| match c.none {
+                    Some(none) if random.unit() < options.drop_label => none as u32,
+                    _ => u32::from(data.labels[*i]),
+                };
+                indices.iter().map(pick).collect::<Vec<u32>>()
+            });
+            let class = class.map(|c| Tensor::new(&c[own.clone()], device)).transpose()?;
+            let size = config.image_shape().iter().product();
+            let eps = random.normal_rows(options.batch, size, std::slice::from_ref(&own));
+            let eps = Tensor::from_vec(eps, x0.dims(), device)?;
+            let levels = losses::NoiseLevels::new(&schedule, &t[own], device)?;
+            let prediction = network.predict(&levels.noisy(&x0, &eps)?, &levels.t, class.as_ref())?;
+            let loss = losses::denoising(&prediction, &levels.target(&x0, &eps)?)?;
+            let mut grads = loss.backward()?;
+            team.average(&mut grads, network.variables(), weight)?;
+            let norm = optimiser.step(network.variables(), &grads)?;
+            network.update_statistics()?;
+            let mut loss = [f64::from(loss.to_scalar::<f32>()?) * weight];
+            team.sum(&mut loss);
+            Ok((loss[0], norm))
+        })?;
         ema.update_to(network.parameters().iter().filter(|(name, _)| !constant.contains(*name)))?;
         step += 1;
-        let loss = f64::from(loss.to_scalar::<f32>()?);
-        run.log(&json!({"step": step, "loss": loss, "grad_norm": norm}))?;
         let mean = smooth(mean_loss, loss);
         mean_loss = Some(mean);
+        if team.leads() {
+            run.log(&json!({"step": step, "loss": loss, "grad_norm": norm}))?;
+        }
         progress.update(step, &format!("loss {mean:.4}"));
 
         let last = step == options.train_steps;
-        if step.is_multiple_of(options.sample_every) || last {
+        if team.leads() && (step.is_multiple_of(options.sample_every) || last) {
             let averaged = Network::frozen(&config, &ema.tensors, device)?;
             let request = Request::new(options.seed, 0, options.samples, classes.as_ref().map(|c| c.count));
             let x = sample(&averaged, &schedule, &request, &Sampling::ddim(options.sample_steps))?;
             let path = run.path(&format!("samples/step-{step:06}.png"));
             save_grid(&path, &images(&x, config.range())?, 10, 2)?;
         }
-        let stop = stop_requested();
-        if step.is_multiple_of(options.save_every) || last || stop {
+        let stop = team.any(stop_requested());
+        let save = step.is_multiple_of(options.save_every) || last || stop;
+        if save {
+            team.check_equal(network.parameters().values())?;
+        }
+        if save && team.leads() {
             let mut tensors = Tensors::new();
             for (name, tensor) in network.parameters() {
                 tensors.insert(format!("teacher.{name}"), tensor.clone());
@@ -165,10 +199,13 @@ pub fn train(run: &Run, options: &TeacherOptions, loaded: &Loaded, device: &Devi
         }
     }
 
+    let folder = run.path("teacher");
+    if !team.leads() {
+        return Ok(folder);
+    }
     let mut provenance = preset.provenance();
     provenance.classes = classes;
     provenance.training = record(options, loaded, mean_loss);
-    let folder = run.path("teacher");
     let checkpoint = Checkpoint {
         config,
         schedule: schedule_config,

@@ -23,7 +23,7 @@ pub struct TeacherArgs {
     /// model of the hub
     #[arg(long, value_name = "NAME|DIR|FILE|ORG/REPO")]
     pub init: Option<String>,
-    /// Continue the run in this folder; only --train-steps and --device may be given with it
+    /// Continue the run in this folder; only --train-steps, --device and --profile may be given with it
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
     /// Run folder to create [default: the next free runs/teacher-BASE-NNN]
@@ -35,6 +35,9 @@ pub struct TeacherArgs {
     /// Where to compute
     #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
     pub device: String,
+    /// Print how long an update takes and what part of it is communication between ranks, and keep it as `profile.json`
+    #[arg(long)]
+    pub profile: bool,
     /// Print the resolved options, and stop
     #[arg(long)]
     pub dry_run: bool,
@@ -189,7 +192,7 @@ impl TeacherArgs {
         ];
         if others.contains(&true) || self.recipe != allowed {
             return Err(Error::Request(
-                "`--resume` takes its options from the run; only `--train-steps` and `--device` go with it"
+                "`--resume` takes its options from the run; only `--train-steps`, `--device` and `--profile` go with it"
                     .into(),
             ));
         }
