@@ -293,6 +293,21 @@ fn a_base_alone_has_no_student_and_its_images_are_kept() -> Result<()> {
     let found = eval("70", "parts")?;
     ensure!(found["student"].is_null() && found["teacher"]["kid"].is_f64(), "{found}");
     ensure!(eval("300", "parts")? == eval("300", "whole")?, "parts and whole differ");
+    let images = |cache: &str| -> Result<Vec<Vec<u8>>> {
+        let inside = fs::read_dir(folder.path().join(cache))?.next().context("no cache")??.path();
+        let shards = (0..2).map(|i| inside.join(format!("shard-{i:05}.safetensors")));
+        shards.filter(|shard| shard.exists()).map(|shard| Ok(fs::read(shard)?)).collect()
+    };
+    for (index, share) in ["0/2", "1/2"].into_iter().enumerate() {
+        let line = "eval run/teacher --count 300 --steps 1 --cache shares --shard";
+        let args: Vec<&str> = line.split(' ').chain([share]).collect();
+        let done = distill(folder.path(), &args)?;
+        let said = format!("{} images of share {share}", [256, 44][index]);
+        ensure!(done.code == Some(0) && done.stderr.contains(&said) && done.stdout.is_empty(), "{done:?}");
+        ensure!(images("shares")?.len() == index + 1, "a share drew the other's images");
+    }
+    ensure!(images("shares")? == images("whole")?, "shares and whole differ");
+    ensure!(eval("300", "shares")? == eval("300", "whole")?, "scores of shares and whole differ");
     fs::remove_dir_all(run.join("generator"))?;
     let done = distill(folder.path(), &["eval", "run", "--count", "70", "--steps", "1", "--cache", "parts"])?;
     ensure!(done.code == Some(0) && done.stdout.contains("teacher, 1 steps"), "{done:?}");

@@ -182,3 +182,73 @@ fn pairs_share_no_noise_with_pictures() -> Result<()> {
     }
     Ok(())
 }
+
+/// Four tasks of a job array of Slurm fill one folder; what is missing, there twice or no shard is found and repaired.
+#[test]
+fn arrays_of_jobs_fill_one_folder() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let cwd = folder.path();
+    let base = fixture_path("tiny-ddpm")?;
+    let whole = pairs_of(&base, cwd, "1000", "whole", &["--steps", "1"])?;
+    ensure!(whole.code == Some(0), "{whole:?}");
+    let task = |id: &str, count: &str, more: &[&str]| -> Result<Finished> {
+        let mut command = Command::new(binary("dmd-distill")?);
+        command.args(["pairs", "--base", &base, "--count", "1000", "--steps", "1", "--out", "parts"]);
+        let numbers = [("ID", id), ("MIN", "1"), ("MAX", "4"), ("STEP", "1"), ("COUNT", count)];
+        command.envs(numbers.map(|(name, value)| (format!("SLURM_ARRAY_TASK_{name}"), value)));
+        let output = command.args(more).current_dir(cwd).output()?;
+        let [stdout, stderr] =
+            [output.stdout, output.stderr].map(|b| String::from_utf8_lossy(&b).into_owned());
+        Ok(Finished { code: output.status.code(), stdout, stderr })
+    };
+    for id in ["1", "3", "4"] {
+        let done = task(id, "4", &[])?;
+        let share = format!("share {}/4, by SLURM_ARRAY_TASK_ID", id.parse::<u32>()? - 1);
+        ensure!(done.code == Some(0) && done.stderr.contains(&share), "{done:?}");
+    }
+    let check = |count: &str| pairs_of(&base, cwd, count, "parts", &["--steps", "1", "--check"]);
+    let gap = check("1000")?;
+    ensure!(gap.code == Some(1) && gap.stdout.contains("shard 1 is missing\n"), "{gap:?}");
+    let modified = |i: usize| fs::metadata(cwd.join(format!("parts/shard-{i:05}.safetensors")))?.modified();
+    let before = modified(0)?;
+    for id in ["1", "2"] {
+        ensure!(task(id, "4", &[])?.code == Some(0));
+    }
+    ensure!(modified(0)? == before, "a complete shard was written again");
+    same(cwd, ["whole", "parts"], 4)?;
+    let complete = check("1000")?;
+    ensure!(
+        complete.code == Some(0) && complete.stdout == "4 shards, 1000 pairs: complete\n",
+        "{complete:?}"
+    );
+
+    let longer = check("1020")?;
+    ensure!(
+        longer.code == Some(1) && longer.stdout.contains("shard 3: got 232 pairs, expected 252"),
+        "{longer:?}"
+    );
+    fs::copy(cwd.join("parts/shard-00000.safetensors"), cwd.join("parts/shard-00002.safetensors"))?;
+    fs::copy(cwd.join("whole/shard-00001.safetensors"), cwd.join("parts/shard-00001 (1).safetensors"))?;
+    let twice = check("1000")?;
+    ensure!(
+        twice.code == Some(1) && twice.stdout.contains("shards 0 and 2 hold the same images"),
+        "{twice:?}"
+    );
+    ensure!(twice.stdout.contains("`shard-00001 (1).safetensors` is no name of a shard"), "{twice:?}");
+    let used = pairs_of(&base, cwd, "1000", "parts", &["--steps", "1"])?;
+    refused(&used, &["shard-00002", "it holds the images of shard 0", "hint: delete"])?;
+    fs::remove_file(cwd.join("parts/shard-00002.safetensors"))?;
+    ensure!(pairs_of(&base, cwd, "1000", "parts", &["--steps", "1"])?.code == Some(0));
+    same(cwd, ["whole", "parts"], 4)?;
+
+    // An array with gaps does not say which share a task has.
+    refused(&task("3", "3", &[])?, &["SLURM_ARRAY_TASK_ID", "a list with gaps", "hint: ", "--shard I/N"])?;
+    let explicit = task("3", "3", &["--shard", "0/1"])?;
+    ensure!(explicit.code == Some(0) && explicit.stderr.contains("1000 pairs in"), "{explicit:?}");
+    let mut pod = Command::new(binary("dmd-distill")?);
+    pod.args(["pairs", "--base", &base, "--count", "1000", "--steps", "1", "--out", "parts"]);
+    let pod = pod.env("JOB_COMPLETION_INDEX", "0").current_dir(cwd).output()?;
+    let said = String::from_utf8_lossy(&pod.stderr).into_owned();
+    ensure!(pod.status.code() == Some(2) && said.contains("JOB_COMPLETION_INDEX is set"), "{said}");
+    Ok(())
+}
