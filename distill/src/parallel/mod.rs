@@ -105,13 +105,23 @@ impl Team {
     }
 
     /// NCCL between the GPUs of all ranks, where this build has it; gradients go through the CPUs' memory otherwise.
+    ///
+    /// # Errors
+    /// If some ranks have a GPU and others none.
     pub fn connect(self, device: &Device) -> Result<Self> {
-        #[cfg(feature = "nccl")]
-        if self.size > 1 {
-            let gpus = nccl::connect(&self, device)?;
-            return Ok(Self { gpus, ..self });
+        let [some, others] = [device.is_cuda(), !device.is_cuda()].map(|has| self.any(has));
+        if some && others {
+            return Err(Error::Request(
+                "some ranks have a GPU and others have none\n\nhint: start as many ranks on each host as it has GPUs, or give \
+                 `--device cpu`"
+                    .into(),
+            ));
         }
-        let _ = device;
+        #[cfg(feature = "nccl")]
+        if self.size > 1 && some {
+            nccl::connect(&self, device)?;
+            return Ok(Self { gpus: true, ..self });
+        }
         Ok(self)
     }
 

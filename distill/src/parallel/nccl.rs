@@ -14,11 +14,8 @@ thread_local! {
     static GROUP: RefCell<Option<Comm>> = const { RefCell::new(None) };
 }
 
-/// Joins the GPUs of all ranks; false if one of them computes on a CPU.
-pub fn connect(team: &Team, device: &Device) -> Result<bool> {
-    if team.any(!device.is_cuda()) {
-        return Ok(false);
-    }
+/// Joins the GPUs of all ranks.
+pub fn connect(team: &Team, device: &Device) -> Result<()> {
     let id = if team.leads() { Some(Id::new().map_err(problem)?.internal().to_vec()) } else { None };
     let id: Vec<std::ffi::c_char> = team.from_leader(id)?;
     let Ok(id) = id.try_into() else {
@@ -29,7 +26,7 @@ pub fn connect(team: &Team, device: &Device) -> Result<bool> {
     let stream = device.as_cuda_device()?.cuda_stream();
     let group = Comm::from_rank(stream, team.rank(), team.size(), Id::uninit(id)).map_err(problem)?;
     GROUP.set(Some(group));
-    Ok(true)
+    Ok(())
 }
 
 /// Leaves the group.
