@@ -142,6 +142,16 @@ fn ranks_distil_like_one_process() -> Result<()> {
         same_numbers(&one, &other, 20).context(ranks)?;
         same_state(&one, &other, &["generator.", "fake.", "ema."]).context(ranks)?;
     }
+
+    // Without a launcher the program with MPI is the one without.
+    run(1, folder.path(), &all_losses("plain", 2, "")?)?;
+    let line = all_losses("single", 2, "")?;
+    let single = finish(Command::new(program()?).args(line.split_whitespace()).current_dir(folder.path()))?;
+    ensure!(single.code == Some(0), "{single:?}");
+    let states = ["plain", "single"]
+        .map(|run| fs::read(folder.path().join(run).join("checkpoints/state.safetensors")));
+    let [plain, single] = states;
+    ensure!(plain? == single?, "one process with MPI differs from one without");
     Ok(())
 }
 
@@ -367,8 +377,5 @@ fn what_ranks_cannot_do_is_refused() -> Result<()> {
         &["got 1 from MPI as the number of ranks, expected 2 by SLURM_STEP_NUM_TASKS", "srun --mpi=pmix"],
     )?;
     ensure!(!cwd.join("run").exists(), "a run was begun");
-    // Without a launcher the program is one process.
-    let single = finish(Command::new(program()?).args(["bases"]).current_dir(cwd))?;
-    ensure!(single.code == Some(0) && single.stdout.contains("ddpm-fashion"), "{single:?}");
     Ok(())
 }
