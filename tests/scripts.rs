@@ -51,7 +51,12 @@ fn the_web_demo_keeps_what_is_in_the_callers_folder() -> Result<()> {
 #[test]
 fn the_web_scripts_say_how_they_are_called() -> Result<()> {
     let cwd = tempfile::tempdir()?;
-    refused(cwd.path(), "wasm-package", &[], &["got 0 arguments", "usage: scripts/wasm-package FOLDER"])?;
+    refused(
+        cwd.path(),
+        "wasm-package",
+        &[],
+        &["got 0 arguments", "usage: scripts/wasm-package [--all-operators] FOLDER"],
+    )?;
     refused(cwd.path(), "bench-web", &["--fast"], &["got `--fast`", "usage: scripts/bench-web"])?;
     refused(cwd.path(), "bench-web", &["--json"], &["got `--json`", "hint: "])?;
     Ok(())

@@ -26,14 +26,17 @@ export interface JobOptions {
   signal?: AbortSignal;
 }
 
-/** A generator in a worker of its own. */
+/** A generator in a worker of its own, or in several that each make whole images. */
 export class WorkerGenerator {
   static load(source: string | URL | ArrayBuffer | Uint8Array, options?: WorkerLoadOptions): Promise<WorkerGenerator>;
+  /** `threads` is the number of workers. */
   readonly info: ModelInfo;
   /** Size of the file. */
   readonly bytes: number;
   /** How long loading took. */
   readonly milliseconds: number;
+  /** Starts workers until there are so many, each with the whole model in its memory; an address is fetched again (or taken from the cache). */
+  grow(workers: number): Promise<void>;
   generate(options?: GenerateOptions, job?: JobOptions): Promise<ImageData[]>;
   noise(options?: GenerateOptions, job?: JobOptions): Promise<ImageData[]>;
   free(): void;

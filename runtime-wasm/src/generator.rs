@@ -1,18 +1,17 @@
 //! A one-step generator, or a teacher, read from the bytes of an ONNX file and run one image at a time.
 //! The same code runs natively, where its tests are. Nothing here may know JavaScript, files or clocks.
 
-use std::cell::RefCell;
-
 use bytes::Bytes;
 use dmd_core::card::{INPUT_CLASS, INPUT_T, INPUT_X_T, INPUT_Z, Kind};
 use dmd_core::noise::{slerp, standard_normal};
 use dmd_core::pixels::{self, Image};
 use dmd_core::sampler::{Sampler, Trajectory};
 use dmd_core::schedule::Schedule;
+use dmd_engine::Input;
 use dmd_engine::message::Model;
-use dmd_engine::{Input, Network, Workspace};
 
 use crate::contract::Contract;
+use crate::engine::Engine;
 use crate::{Error, Result};
 
 /// Steps of a teacher where no other number is asked for.
@@ -20,8 +19,7 @@ pub const TEACHER_STEPS: usize = 50;
 
 /// A model, ready to run.
 pub struct Generator {
-    network: Network,
-    workspace: RefCell<Workspace>,
+    engine: Engine,
     contract: Contract,
 }
 
@@ -71,7 +69,7 @@ impl Generator {
         let bytes = bytes.into();
         let length = bytes.len();
         let not_onnx = |problem: String| Error::NotOnnx { bytes: length, problem };
-        let model = Model::from_bytes(bytes).map_err(|e| not_onnx(e.to_string()))?;
+        let model = Model::from_bytes(bytes.clone()).map_err(|e| not_onnx(e.to_string()))?;
         let graph = model.graph.as_ref().ok_or_else(|| not_onnx("it holds no graph".to_owned()))?;
         let contract = Contract::read(&model, graph)?;
         let ([c, h, w], n) = (contract.shape(), contract.batch);
@@ -85,19 +83,18 @@ impl Generator {
         if contract.classes.is_some() {
             inputs.push(Input { name: INPUT_CLASS, shape: &each });
         }
-        let network =
-            Network::build(model, &inputs, &[contract.output]).map_err(|e| Error::Graph(e.to_string()))?;
-        if network.output_shapes().next() != Some(&image[..]) {
-            let got: Vec<_> = network.output_shapes().collect();
-            return Err(Error::Graph(format!("`{}` has shape {got:?}, expected {image:?}", contract.output)));
-        }
-        let workspace = RefCell::new(network.workspace());
-        Ok(Self { network, workspace, contract })
+        let engine = Engine::build(model, bytes, &inputs, contract.output)?;
+        Ok(Self { engine, contract })
     }
 
     /// What the file says about itself.
     pub fn contract(&self) -> &Contract {
         &self.contract
+    }
+
+    /// The name of the engine that runs it.
+    pub fn engine(&self) -> &'static str {
+        self.engine.name()
     }
 
     /// Image `image` of seed `seed`; without a class, the model's classes take turns.
@@ -186,9 +183,7 @@ impl Generator {
         let (t, class) = (t.map(each), class.map(each));
         let mut inputs = vec![&images[..]];
         inputs.extend(t.as_deref().into_iter().chain(class.as_deref()));
-        let mut workspace = self.workspace.borrow_mut();
-        let outputs = self.network.run(&mut workspace, &inputs).map_err(|e| Error::Run(e.to_string()))?;
-        let values: Vec<f32> = outputs[0][..x.len()].to_vec();
+        let values = self.engine.run(&inputs, x.len())?;
         if values.iter().any(|v| !v.is_finite()) {
             let output = self.contract.output;
             return Err(Error::Run(format!("`{output}` holds values that are not finite numbers")));

@@ -27,6 +27,8 @@ export interface ModelInfo {
     warning: string | null;
     /** Threads that a generator uses. */
     threads: number;
+    /** What runs the graph: `dmd-engine`, or `tract` where a build with all operators needed it. */
+    engine: string;
     /** The vector instructions of this build: `simd128` or `relaxed-simd`. */
     instructions: string;
     /** Steps of a teacher where none are asked for; 1 for a generator. */
@@ -89,6 +91,7 @@ struct ModelInfo<'a> {
     card: &'a Option<ModelCard>,
     warning: Option<&'static str>,
     threads: usize,
+    engine: &'static str,
     instructions: &'static str,
     steps: usize,
 }
@@ -143,6 +146,7 @@ impl Generator {
                 .is_none()
                 .then_some("the file has no model card: its images are taken to be in the range -1 to 1"),
             threads: 1,
+            engine: self.0.engine(),
             instructions: dmd_engine::instructions(),
             steps: if contract.kind == Kind::Teacher { TEACHER_STEPS.min(total) } else { 1 },
         };

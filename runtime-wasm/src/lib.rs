@@ -4,7 +4,12 @@
 pub mod contract;
 pub mod generator;
 
+#[cfg(feature = "all-operators")]
+mod all_operators;
 mod download;
+mod engine;
 mod error;
 mod js;
+#[cfg(all(test, target_family = "wasm"))]
+mod tests;
 pub use error::{Error, Result};

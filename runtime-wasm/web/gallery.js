@@ -1,4 +1,4 @@
-// The gallery: the images of one seed, made one after the other.
+// The gallery: the images of one seed, made one after the other by each worker.
 
 import { $, draw, duration, element, savePng } from './format.js';
 
@@ -41,11 +41,15 @@ export function gallery(page, fail) {
     $('generate').textContent = 'Stop';
     const { generator } = page;
     try {
-      // One by one: the slider's pictures come in between.
-      for (let first = 0; first < job.count && run === job; first++) {
-        const options = { seed: job.seed, class: job.class, first };
-        await generator.generate(options, { onImage: (image, made) => run === job && show(job, image, made) });
-      }
+      // One by one for each worker: the slider's pictures come in between.
+      let next = 0;
+      const lane = async () => {
+        while (next < job.count && run === job) {
+          const options = { seed: job.seed, class: job.class, first: next++ };
+          await generator.generate(options, { onImage: (image, made) => run === job && show(job, image, made) });
+        }
+      };
+      await Promise.all(Array.from({ length: generator.info.threads }, lane));
     } catch (error) {
       if (run === job) fail(error);
     }
@@ -71,6 +75,7 @@ export function gallery(page, fail) {
 
   function finish({ count, start, times }) {
     const mean = times.reduce((sum, t) => sum + t, 0) / times.length;
+    page.lastImages.sort((a, b) => a.image - b.image);
     $('status').replaceChildren(
       element('strong', `${duration(mean)} per image`),
       ` · ${count} in ${duration(performance.now() - start)}`,

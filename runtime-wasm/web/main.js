@@ -6,6 +6,9 @@ import { $, attempt, capital, compact, duration, element, megabytes } from './fo
 import { gallery, restoreFromAddress } from './gallery.js';
 import { morph } from './morph.js';
 
+/** Bytes of a model that several workers may hold, and how many. */
+const [SMALL, MOST_WORKERS] = [32e6, 4];
+
 const page = { state: 'loading', info: null, generator: null, lastImages: [], lastRun: null };
 window.dmd = page;
 
@@ -129,12 +132,28 @@ function ready(generator, name) {
     $('warning').textContent = info.warning;
     $('warning').hidden = false;
   }
-  $('engine').textContent = `One thread, ${info.instructions}.`;
+  showEngine(info);
   fillClasses(info.classes);
   $('fields').disabled = false;
   page.state = 'ready';
   stage.reset();
   images.generate();
+  grow(generator);
+}
+
+/** More workers, each with the whole model, where it is small. */
+async function grow(generator) {
+  const workers = generator.bytes > SMALL ? 1 : Math.min(navigator.hardwareConcurrency ?? 1, MOST_WORKERS);
+  try {
+    await generator.grow(workers);
+  } catch (error) {
+    if (generator === page.generator) stage.problem(error);
+  }
+  if (generator === page.generator) showEngine(generator.info);
+}
+
+function showEngine({ threads, instructions }) {
+  $('engine').textContent = `${threads === 1 ? 'One thread' : `${threads} threads`}, ${instructions}.`;
 }
 
 function fillClasses(classes) {

@@ -36,7 +36,7 @@ const speedPage = (work, threads = 1) => onPage(`speed.html?threads=${threads}`,
 });
 
 const figures = {};
-const results = { cpu: os.cpus()[0].model, browser: browser.version(), rounds, networks: {}, threads2: {}, cold: {}, memory: {} };
+const results = { cpu: os.cpus()[0].model, browser: browser.version(), rounds, networks: {}, threads2: {}, workers: {}, cold: {}, memory: {} };
 try {
   for (const [name, factor] of Object.entries(NETWORKS)) {
     const count = Math.max(3, Math.round(rounds * factor));
@@ -50,6 +50,12 @@ try {
     results.threads2[name] = two.times;
     console.log(`${name}: ours with 1 thread ${spread(two.times.ours)}, onnxruntime-web with 2 ${spread(two.times.same)}`);
     figures[`tract_1t_vs_ortweb_2t_${name}`] = median(two.times.ours) / median(two.times.same);
+  }
+  for (const [name, images] of [['bundled', 64], ['3m', 16]]) {
+    const [one, two] = await speedPage((page) => page.evaluate((job) => window.workers(...job), [name, images, rounds]));
+    results.workers[name] = { images, one, two };
+    console.log(`${name}, ${images} images: one worker ${spread(one)}, two ${spread(two)}`);
+    figures[`workers_2_vs_1_${name}`] = median(two) / median(one);
   }
   results.cold = { ours: [], ort: [] };
   for (let i = 0; i < COLD_STARTS; i++) {

@@ -1,9 +1,14 @@
-// The package's class in Node.js, where there is no page: loading, pictures, progress, errors. Run by scripts/test-web.
+// The package's class in Node.js, where there is no page: loading, pictures, progress, errors; and the packages that wasm-pack makes. Run
+// by scripts/test-web.
 
 import assert from 'node:assert/strict';
+import { execFile } from 'node:child_process';
 import { readFile } from 'node:fs/promises';
+import { createRequire } from 'node:module';
 import path from 'node:path';
 import { after, before, test } from 'node:test';
+import { pathToFileURL } from 'node:url';
+import { promisify } from 'node:util';
 import { difference, nativeImages, serve, setting } from './support.js';
 
 const site = setting('DMD_WEB_SITE');
@@ -23,8 +28,8 @@ after(() => server?.stop());
 test('pictures are objects of the shape of ImageData, and those of the native runtime', async () => {
   const generator = await runtime.Generator.load(bytes);
   const pictures = generator.generate({ seed: 77, count: 12 });
-  const { image, classes, kind, steps, threads, warning } = generator.info();
-  assert.deepEqual([kind, steps, threads, warning, classes.count], ['generator', 1, 1, null, 10]);
+  const { image, classes, kind, steps, threads, engine, warning } = generator.info();
+  assert.deepEqual([kind, steps, threads, engine, warning, classes.count], ['generator', 1, 1, 'dmd-engine', null, 10]);
   const native = await nativeImages({ seed: 77, count: 12 });
   assert.equal(pictures.length, 12);
   for (const [k, { data, width, height }] of pictures.entries()) {
@@ -72,4 +77,22 @@ test('what goes wrong is an Error that says so', async () => {
   assert.throws(() => generator.generate({ class: 10 }), /^Error: got class 10, expected 0 to 9$/);
   assert.throws(() => generator.generate({ towards: { seed: 1, share: 2 } }), /got share 2, expected 0 to 1/);
   generator.free();
+});
+
+test("wasm-pack's packages for web, bundlers and Node.js make the same pictures", async () => {
+  const file = (target, name = 'dmd_runtime_wasm.js') => path.join(setting('DMD_WASM_PACK'), target, name);
+  const [expected] = (await runtime.Generator.load(bytes)).generate({ seed: 3, class: 2 });
+  const picture = ({ Generator }) => new Generator(bytes).generate({ seed: 3, class: 2 })[0];
+  assert.deepEqual(picture(createRequire(import.meta.url)(file('nodejs'))), expected);
+  const web = await import(file('web'));
+  await web.default({ module_or_path: await readFile(file('web', 'dmd_runtime_wasm_bg.wasm')) });
+  assert.deepEqual(picture(web), expected);
+  // Bundlers, and Node.js with an option, import a .wasm file as a module.
+  const script = `import { readFile } from 'node:fs/promises';
+    const { Generator } = await import(${JSON.stringify(pathToFileURL(file('bundler')))});
+    const generator = new Generator(await readFile(${JSON.stringify(path.join(site, 'model.onnx'))}));
+    console.log(JSON.stringify([...generator.generate({ seed: 3, class: 2 })[0].data]));`;
+  const options = ['--experimental-wasm-modules', '--input-type=module', '--eval', script];
+  const { stdout } = await promisify(execFile)(process.execPath, options);
+  assert.deepEqual(JSON.parse(stdout), [...expected.data]);
 });

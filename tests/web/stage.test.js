@@ -196,3 +196,49 @@ test('a job can be cancelled, and refusals are errors', async () => {
     expected.forEach((pattern, i) => assert.match(got[i], pattern));
   });
 });
+
+test('several workers make the images of one, in order', async (t) => {
+  await onPage({ hash: '#count=1' }, async (page) => {
+    await settled(page);
+    const got = await page.evaluate(async () => {
+      const { WorkerGenerator } = await import('./pkg/index.js');
+      const generator = await WorkerGenerator.load(await (await fetch('model.onnx')).arrayBuffer());
+      const run = async () => {
+        const [heard, start] = [new Set(), performance.now()];
+        const onImage = (_, { image }) => heard.add(image);
+        const images = await generator.generate({ seed: 8, first: 2, count: 40 }, { onImage });
+        return { pixels: images.map(({ data }) => data.join()), heard: heard.size, milliseconds: performance.now() - start };
+      };
+      const [before, one] = [generator.info.threads, await run()];
+      await generator.grow(3);
+      await generator.grow(2);
+      const [threads, three] = [generator.info.threads, await run()];
+      const both = await Promise.all([generator.generate({ seed: 8, first: 2 }), generator.noise({ count: 3 }), generator.generate({ count: 0 })]);
+      const refused = await generator.grow(0).then(() => 'nothing', (error) => error.message);
+      const late = generator.generate({ count: 50 }).then(() => 'nothing', (error) => error.name);
+      generator.free();
+      const after = await generator.grow(4).then(() => 'nothing', (error) => error.name);
+      return { before, one, threads, three, counts: both.map((images) => images.length), first: both[0][0].data.join(), refused, late: await late, after };
+    });
+    assert.deepEqual([got.before, got.threads, got.one.heard, got.three.heard, got.one.pixels.length], [1, 3, 40, 40, 40]);
+    assert.deepEqual(got.three.pixels, got.one.pixels);
+    assert.deepEqual([got.counts, got.first], [[1, 3, 0], got.one.pixels[0]]);
+    assert.deepEqual([got.late, got.after], ['AbortError', 'AbortError']);
+    assert.match(got.refused, /^got `workers` 0, expected a whole number of at least 1$/);
+    t.diagnostic(`40 images: one worker ${got.one.milliseconds.toFixed()} ms, three ${got.three.milliseconds.toFixed()} ms`);
+  });
+});
+
+test('the page uses the cores there are for a small model', async () => {
+  const cores = (count) => ({ prepare: (page) => page.addInitScript((n) => Object.defineProperty(navigator, 'hardwareConcurrency', { value: n }), count) });
+  for (const [count, text] of [[1, /^One thread, /], [3, /^3 threads, /], [64, /^4 threads, /]]) {
+    await onPage({ hash: '#count=9', ...cores(count) }, async (page) => {
+      await settled(page);
+      await page.waitForFunction((n) => window.dmd.info.threads === n, Math.min(count, 4));
+      await page.click('#generate');
+      await settled(page);
+      assert.match(await page.innerText('#engine'), text);
+      assert.deepEqual(await page.evaluate(() => window.dmd.lastImages.map(({ image }) => image)), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+    });
+  }
+});

@@ -1,12 +1,29 @@
 //! Running loops with the processor's vector instructions (crate `pulp`), and functions that such loops need.
 
 pub use dmd_core::activation::{exp, sigmoid};
-use pulp::{Arch, Simd, WithSimd};
+#[cfg(not(target_family = "wasm"))]
+use pulp::Arch;
+#[cfg(all(target_family = "wasm", feature = "relaxed-simd"))]
+use pulp::wasm::RelaxedSimd as Vectors;
+#[cfg(all(target_family = "wasm", not(feature = "relaxed-simd")))]
+use pulp::wasm::Simd128 as Vectors;
+use pulp::{Simd, WithSimd};
 
 /// Runs a kernel with the best instructions of this processor.
+#[cfg(not(target_family = "wasm"))]
 #[inline(always)]
 pub fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
     Arch::new().dispatch(kernel)
+}
+
+/// Runs a kernel with the instructions that this module is built with: without them it could not have been loaded.
+#[cfg(target_family = "wasm")]
+#[inline(always)]
+pub fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
+    match Vectors::try_new() {
+        Some(simd) => Simd::vectorize(simd, kernel),
+        None => unreachable!("a module without its own instructions"),
+    }
 }
 
 /// Floats in one vector.

@@ -177,11 +177,17 @@ impl WithSimd for Transform<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         match self.part {
+            #[cfg(feature = "threads")]
             [0, 2] => self.rows::<S, 0, 2>(simd),
+            #[cfg(feature = "threads")]
             [1, 2] => self.rows::<S, 2, 2>(simd),
+            #[cfg(feature = "threads")]
             [0, 4] => self.rows::<S, 0, 1>(simd),
+            #[cfg(feature = "threads")]
             [1, 4] => self.rows::<S, 1, 1>(simd),
+            #[cfg(feature = "threads")]
             [2, 4] => self.rows::<S, 2, 1>(simd),
+            #[cfg(feature = "threads")]
             [3, 4] => self.rows::<S, 3, 1>(simd),
             _ => self.rows::<S, 0, 4>(simd),
         }
