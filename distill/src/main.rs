@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use dmd_distill::commands;
 use dmd_distill::device::quiet_candle_threads;
 use dmd_distill::error::{Error, Result};
@@ -13,7 +12,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     quiet_candle_threads();
-    match run(Cli::parse()) {
+    match run(dmd_cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
