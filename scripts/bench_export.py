@@ -18,13 +18,14 @@ import json
 import math
 import os
 import pathlib
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+import provenance
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = pathlib.Path(os.environ.get("DMD_CACHE", pathlib.Path.home() / ".cache/dmd"))
@@ -333,15 +334,8 @@ def main():
     import torch
 
     torch.set_num_threads(1)
-    about = {
-        "command": " ".join(["scripts/bench-export", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "machine": platform.machine(),
-        "networks": {},
-    }
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "onnxruntime": onnxruntime.__version__}
+    about = provenance.about("bench-export", **versions) | {"networks": {}}
     figures = {}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)

@@ -16,13 +16,13 @@ import glob
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+import provenance
 from bench_export import ROOT, checkpoint, export_by_torch, inputs, one_step
 
 CACHE = pathlib.Path(os.environ.get("DMD_CACHE", pathlib.Path.home() / ".cache/dmd"))
@@ -228,14 +228,8 @@ def main():
     import torch
 
     library()
-    about = {
-        "command": " ".join(["scripts/bench-runtimes", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "machine": platform.machine(),
-        "times": {},
-    }
+    versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    about = provenance.about("bench-runtimes", **versions) | {"times": {}}
     figures = starts(about)
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.networks.split(","):

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import tempfile
 import time
 
 import diffusers
+import provenance
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -144,7 +144,7 @@ def main():
     options = parser.parse_args()
     if options.worker:
         return worker(*options.worker)
-    raw, figures = [], {}
+    raw, figures, medians = [], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         torch.manual_seed(0)
         medium = pathlib.Path(scratch) / "medium"
@@ -156,6 +156,9 @@ def main():
         for threads in (int(count) for count in options.threads.split(",")):
             for name, folder in (("bundled", ROOT / "assets/ddpm-fashion"), ("medium", medium)):
                 m = compare(name, folder, options.steps, threads, options.rounds, raw)
+                for step in ("train", "forward"):
+                    torch_best = min(m["torch", step], m["torch channels_last", step])
+                    medians[f"{name}_{step}_{threads}t"] = {"dmd": m["dmd", step], "torch_best": torch_best}
                 best = min(m["torch", "train"], m["torch channels_last", "train"])
                 if name == "bundled":
                     figures[f"train_step_vs_torch_{threads}t"] = m["dmd", "train"] / best
@@ -166,15 +169,8 @@ def main():
                     figures[f"train_step_1m5_vs_torch_best_{threads}t"] = m["dmd", "train"] / best
                     figures[f"forward_1m5_vs_torch_{threads}t"] = m["dmd", "forward"] / m["torch", "forward"]
     if options.json:
-        about = {
-            "date": time.strftime("%Y-%m-%d"),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "machine": platform.machine(),
-            "batch": BATCH,
-            "figures": figures,
-            "times": raw,
-        }
+        about = provenance.about("bench-vs-pytorch", sys.argv[3:], torch=torch.__version__, diffusers=diffusers.__version__)
+        about |= {"batch": BATCH, "figures": figures, "medians": medians, "times": raw}
         options.json.write_text(json.dumps(about, indent=1) + "\n")
     for name, value in figures.items():
         print(f"figure {name} {value:.3f}")

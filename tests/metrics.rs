@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use dmd_core::card::{Base, Classes, GeneratorConfig, Provenance};
 use dmd_core::config::ModelConfig;
 use dmd_distill::checkpoint::Checkpoint;
@@ -268,7 +268,18 @@ fn a_run_is_scored_beside_its_teacher_and_the_floor() -> Result<()> {
     let end = bytes.len();
     bytes[end - 1] ^= 1;
     fs::write(shard("shard-00000.safetensors")?, &bytes)?;
-    refused(&eval("run")?, &["shard-00000", "SHA-256", "hint: delete"])?;
+    refused(
+        &eval("run")?,
+        &["shard-00000", "its pixels do not have the SHA-256 that it names", "hint: delete"],
+    )?;
+    for (name, tensor, problem) in [
+        ("pictures", [1, 1, 28, 28], "there are no `images`"),
+        ("images", [1, 1, 14, 14], "its images have shape [1, 1, 14, 14]"),
+    ] {
+        let tensor = Tensor::zeros(&tensor, DType::F32, &Device::Cpu)?;
+        fs::write(shard("shard-00000.safetensors")?, safetensors::serialize([(name, &tensor)], None)?)?;
+        refused(&eval("run")?, &["shard-00000", problem, "hint: delete"])?;
+    }
     bytes.truncate(end / 2);
     fs::write(shard("shard-00000.safetensors")?, &bytes)?;
     refused(&eval("run")?, &["shard-00000", "not a complete safetensors file"])?;
@@ -396,7 +407,7 @@ fn what_cannot_be_scored_is_refused() -> Result<()> {
     digits.save(&folder.path().join("digits/generator"))?;
     refused(
         &eval(&["digits/generator", "--count", "70", "--teacher", "none"])?,
-        &["draws digit 0 and others", "fashion-mnist knows", "--data DIR"],
+        &["`tiny` draws digit 0 and others, fashion-mnist knows T-shirt/top and others", "--data DIR"],
     )?;
 
     let fixture = dmd_tests::fixture("tiny-class");

@@ -268,7 +268,11 @@ fn a_file_that_is_no_model_is_refused_by_name() -> Result<()> {
         ("cut.onnx", BUNDLED[..BUNDLED.len() / 2].to_vec(), "cut off"),
         ("tail.onnx", BUNDLED[..BUNDLED.len() - 1].to_vec(), "cut off"),
         ("rank.onnx", identity(&["n", "16"], "y", DataType::Float, None), "expected one f32 [n, c, h, w]"),
-        ("f64.onnx", generator(&["n", "1", "4", "4"], DataType::Double, 4), "got input `z` double"),
+        (
+            "f64.onnx",
+            generator(&["n", "1", "4", "4"], DataType::Double, 4),
+            "got input `z` double [n, 1, 4, 4], expected f32",
+        ),
         ("card.onnx", generator(&["n", "1", "4", "4"], DataType::Float, 8), "from the model card"),
         ("free.onnx", generator(&["n", "1", "h", "4"], DataType::Float, 4), "expected a fixed number"),
         ("zero.onnx", generator(&["n", "1", "0", "4"], DataType::Float, 4), "dimension of 0"),

@@ -157,7 +157,10 @@ fn classes_travel_with_the_pairs() -> Result<()> {
     ensure!(!cwd.join("guided").exists(), "a refused call left a folder");
     card(10)?;
     fs::write(&shard, safetensors::serialize([("y", &y)], None)?)?;
-    refused(&pairs_of("./base", cwd, "24", "pairs", &["--steps", "2"])?, &["shard-00000", "`class` below 10"])
+    refused(
+        &pairs_of("./base", cwd, "24", "pairs", &["--steps", "2"])?,
+        &["shard-00000", "it does not hold `y` of up to ", "`class` below 10"],
+    )
 }
 
 /// A run's pictures show images of its seed; its pairs must not be among them.

@@ -49,6 +49,14 @@ fn the_web_demo_keeps_what_is_in_the_callers_folder() -> Result<()> {
 }
 
 #[test]
+fn the_archive_says_how_it_is_called() -> Result<()> {
+    let cwd = tempfile::tempdir()?;
+    refused(cwd.path(), "archive", &["--fast"], &["got `--fast`", "usage: scripts/archive"])?;
+    refused(cwd.path(), "archive", &["one", "two"], &["got 2 arguments"])?;
+    Ok(())
+}
+
+#[test]
 fn the_web_scripts_say_how_they_are_called() -> Result<()> {
     let cwd = tempfile::tempdir()?;
     refused(
@@ -59,5 +67,52 @@ fn the_web_scripts_say_how_they_are_called() -> Result<()> {
     )?;
     refused(cwd.path(), "bench-web", &["--fast"], &["got `--fast`", "usage: scripts/bench-web"])?;
     refused(cwd.path(), "bench-web", &["--json"], &["got `--json`", "hint: "])?;
+    Ok(())
+}
+
+/// A copy of what `scripts/figures` reads.
+fn pages(folder: &Path) -> Result<()> {
+    for part in ["scripts", "docs", "docs/results", "docs/decisions", "assets", "runtime-wasm"] {
+        std::fs::create_dir(folder.join(part))?;
+        for entry in std::fs::read_dir(repository().join(part))? {
+            let path = entry?.path();
+            let text = path.extension().is_none_or(|e| e == "md" || e == "toml" || e == "json");
+            if let (true, true, Some(name)) = (path.is_file(), text, path.file_name()) {
+                std::fs::copy(&path, folder.join(part).join(name))?;
+            }
+        }
+    }
+    std::fs::copy(repository().join("README.md"), folder.join("README.md"))?;
+    Ok(())
+}
+
+#[test]
+fn documented_figures_are_those_of_the_results() -> Result<()> {
+    let figures = |folder: &Path, args: &[&str]| -> Result<(Option<i32>, String)> {
+        let done = Command::new(folder.join("scripts/figures")).args(args).output()?;
+        Ok((done.status.code(), String::from_utf8_lossy(&done.stderr).into_owned()))
+    };
+    let (code, stderr) = figures(&repository(), &["--check"])?;
+    ensure!(code == Some(0), "{stderr}");
+    let copy = tempfile::tempdir()?;
+    pages(copy.path())?;
+    ensure!(figures(copy.path(), &["--check"])? == (Some(0), String::new()), "the copy differs");
+    let change = |file: &str, from: &str, to: &str, says: &str| -> Result<()> {
+        let path = copy.path().join(file);
+        let text = std::fs::read_to_string(&path)?;
+        ensure!(text.contains(from), "{file} has no `{from}`");
+        std::fs::write(&path, text.replacen(from, to, 1))?;
+        let (code, stderr) = figures(copy.path(), &["--check"])?;
+        ensure!(code == Some(1) && stderr.contains(says), "{file}, `{from}`: {code:?} {stderr}");
+        std::fs::write(&path, text)?;
+        Ok(())
+    };
+    let row = "| generator, 1 step | 0.51 |";
+    change("README.md", row, "| generator, 1 step | 0.50 |", "README.md: its figures are not those of")?;
+    change("README.md", "## More", "It takes 3 ms.\n\n## More", "README.md: `3 ms` has no source")?;
+    change("docs/results/precisions.json", "\"machine\"", "\"computer\"", "`precisions` has no `machine`")?;
+    change("docs/results/precisions.json", "2680294", "9680294", "docs/onnx.md: its figures")?;
+    change("docs/figures.toml", "student-time =", "other-time =", "no text `student-time`")?;
+    ensure!(figures(copy.path(), &["--fast"])?.0 == Some(2), "`--fast` was taken");
     Ok(())
 }

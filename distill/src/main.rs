@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use dmd_distill::commands;
 use dmd_distill::device::quiet_candle_threads;
 use dmd_distill::error::Result;
@@ -14,7 +13,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     quiet_candle_threads();
-    let cli = Cli::parse();
+    let cli: Cli = dmd_cli::parse();
     let session = match parallel::start(use_of(&cli)) {
         Ok(session) => session,
         Err(error) => {

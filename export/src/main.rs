@@ -81,7 +81,7 @@ Examples:
 Exit status: 0 done, 1 the graph broke a rule of exported files (nothing is written), 2 wrong usage or input.";
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
+    match run(&dmd_cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {

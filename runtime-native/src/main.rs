@@ -172,7 +172,7 @@ fn sampler() -> impl TypedValueParser<Value = Sampler> {
 }
 
 fn main() -> ExitCode {
-    let Cli { command, sample } = Cli::parse();
+    let Cli { command, sample } = dmd_cli::parse();
     let done = |()| ExitCode::SUCCESS;
     cli::exit_code(match command {
         Some(Command::Info { model, json }) => cli::info(model.as_deref(), json).map(done),

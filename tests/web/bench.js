@@ -2,7 +2,6 @@
 // models and the pages of `bench/` into one folder. usage: bench.js ROUNDS [FILE.json]
 
 import { readFile, writeFile } from 'node:fs/promises';
-import os from 'node:os';
 import path from 'node:path';
 import { gzipSync } from 'node:zlib';
 import { launch, serve, setting } from './support.js';
@@ -36,7 +35,9 @@ const speedPage = (work, threads = 1) => onPage(`speed.html?threads=${threads}`,
 });
 
 const figures = {};
-const results = { cpu: os.cpus()[0].model, browser: browser.version(), rounds, networks: {}, threads2: {}, workers: {}, cold: {}, memory: {} };
+const about = JSON.parse(setting('DMD_ABOUT'));
+const versions = { ...about.versions, chromium: browser.version() };
+const results = { ...about, versions, rounds, networks: {}, threads2: {}, workers: {}, cold: {}, memory: {} };
 try {
   for (const [name, factor] of Object.entries(NETWORKS)) {
     const count = Math.max(3, Math.round(rounds * factor));
