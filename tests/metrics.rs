@@ -317,6 +317,8 @@ fn a_base_alone_has_no_student_and_its_images_are_kept() -> Result<()> {
         ensure!(done.code == Some(0) && done.stderr.contains(&said) && done.stdout.is_empty(), "{done:?}");
         ensure!(images("shares")?.len() == index + 1, "a share drew the other's images");
     }
+    let none = distill(folder.path(), &["eval", "run", "--teacher", "none", "--shard", "0/2"])?;
+    refused(&none, &["`--shard` draws the images of a teacher, and there is none"])?;
     ensure!(images("shares")? == images("whole")?, "shares and whole differ");
     ensure!(eval("300", "shares")? == eval("300", "whole")?, "scores of shares and whole differ");
     fs::remove_dir_all(run.join("generator"))?;

@@ -239,7 +239,7 @@ fn arrays_of_jobs_fill_one_folder() -> Result<()> {
     );
     ensure!(twice.stdout.contains("`shard-00001 (1).safetensors` is no name of a shard"), "{twice:?}");
     let used = pairs_of(&base, cwd, "1000", "parts", &["--steps", "1"])?;
-    refused(&used, &["shard-00002", "it holds the images of shard 0", "hint: delete"])?;
+    refused(&used, &["shard-00002", "it holds the images of shard 0", "delete the one that was copied"])?;
     fs::remove_file(cwd.join("parts/shard-00002.safetensors"))?;
     ensure!(pairs_of(&base, cwd, "1000", "parts", &["--steps", "1"])?.code == Some(0));
     same(cwd, ["whole", "parts"], 4)?;
