@@ -13,7 +13,7 @@ use dmd_tests::{read_text, repository, run_bin};
 use crate::commands::{Command, blocks, examples, in_text, replace};
 
 /// Options of other programs that pages mention.
-const FOREIGN_OPTIONS: [&str; 22] = [
+const FOREIGN_OPTIONS: [&str; 25] = [
     "--locked",
     "--path",
     "--release",
@@ -36,10 +36,25 @@ const FOREIGN_OPTIONS: [&str; 22] = [
     "--lib",
     "--json",
     "--no-verify",
+    "--map-by",
+    "--mpi",
+    "--kill-on-bad-exit",
 ];
 /// Programs that pages call and that are not ours.
-const FOREIGN_PROGRAMS: [&str; 11] =
-    ["cargo", "export", "npm", "rustup", "sudo", "scp", "ssh", "ffmpeg", "pip", "mdbook", "nvidia-smi"];
+const FOREIGN_PROGRAMS: [&str; 12] = [
+    "cargo",
+    "export",
+    "npm",
+    "rustup",
+    "sudo",
+    "scp",
+    "ssh",
+    "ffmpeg",
+    "pip",
+    "mdbook",
+    "nvidia-smi",
+    "mpirun",
+];
 /// Pages whose blocks are executed, with what they find: `model.onnx` and a run folder.
 const EXECUTED: [(&str, &[&str]); 4] = [
     ("docs/getting-started.md", &[]),
