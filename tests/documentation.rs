@@ -135,6 +135,11 @@ fn paths_that_pages_name_exist() -> Result<()> {
 /// does not take them. Nothing is run. (A value is looked at when the next option comes, hence one more that it knows.)
 fn taken(command: &Command) -> Result<()> {
     let folder = tempfile::tempdir()?;
+    if command.arguments.iter().any(|argument| argument == "--help") {
+        let done = run_bin(&command.program, folder.path(), &command.arguments)?;
+        ensure!(done.code == Some(0), "`{command}` is not taken: {}", done.stderr);
+        return Ok(());
+    }
     let arguments =
         command.arguments.iter().map(String::as_str).chain(["--generate", "man", "--no-such-option"]);
     let done = run_bin(&command.program, folder.path(), arguments)?;
