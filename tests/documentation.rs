@@ -13,7 +13,14 @@ use dmd_tests::{read_text, repository, run_bin};
 use crate::commands::{Command, blocks, examples, in_text, replace};
 
 /// Options of other programs that pages mention.
-const FOREIGN_OPTIONS: [&str; 22] = [
+const FOREIGN_OPTIONS: &[&str] = &[
+    "--bind-to",
+    "--kill-on-bad-exit",
+    "--map-by",
+    "--mpi",
+    "--oversubscribe",
+    "--array",
+    "--target-dir",
     "--locked",
     "--path",
     "--release",
@@ -38,8 +45,23 @@ const FOREIGN_OPTIONS: [&str; 22] = [
     "--no-verify",
 ];
 /// Programs that pages call and that are not ours.
-const FOREIGN_PROGRAMS: [&str; 11] =
-    ["cargo", "export", "npm", "rustup", "sudo", "scp", "ssh", "ffmpeg", "pip", "mdbook", "nvidia-smi"];
+const FOREIGN_PROGRAMS: &[&str] = &[
+    "srun",
+    "mpirun",
+    "kubectl",
+    "sbatch",
+    "cargo",
+    "export",
+    "npm",
+    "rustup",
+    "sudo",
+    "scp",
+    "ssh",
+    "ffmpeg",
+    "pip",
+    "mdbook",
+    "nvidia-smi",
+];
 /// Pages whose blocks are executed, with what they find: `model.onnx` and a run folder.
 const EXECUTED: [(&str, &[&str]); 4] = [
     ("docs/getting-started.md", &[]),
@@ -192,7 +214,7 @@ fn commands_in_pages_are_taken_by_the_programs() -> Result<()> {
 
 #[test]
 fn options_that_pages_name_exist() -> Result<()> {
-    let mut known: BTreeSet<String> = FOREIGN_OPTIONS.map(str::to_owned).into();
+    let mut known: BTreeSet<String> = FOREIGN_OPTIONS.iter().map(|option| (*option).to_owned()).collect();
     let mut add = |text: &str| known.extend(options(text));
     for (program, parts) in [
         ("dmd-distill", &["", "bases", "teacher", "pairs", "sample", "classifier", "eval"][..]),
