@@ -270,6 +270,14 @@ fn options_of_distill() -> Result<()> {
         "dmd-distill --base ./base --train-steps 1 --pairs 2 --pairs-dir p --out nowhere/..",
         &["it is no name of a folder"],
     )?;
+    let none = "dmd-distill eval run --teacher none --shard 0/2 --count 70";
+    says(cwd, none, &["`--shard` draws the images of a teacher, and there is none"])?;
+    let pairs = "pairs --base ./base --count 300 --steps 1 --out p";
+    let done = run_bin("dmd-distill", cwd, pairs.split_whitespace())?;
+    ensure!(done.code == Some(0), "{done:?}");
+    fs::copy(cwd.join("p/shard-00000.safetensors"), cwd.join("p/shard-00001.safetensors"))?;
+    let hint = "delete the one that was copied: the same command computes it";
+    says(cwd, &format!("dmd-distill {pairs}"), &["it holds the images of shard 0", hint])?;
     let state = cwd.join("run/checkpoints/state.safetensors");
     let saved = fs::read(&state)?;
     fs::copy(cwd.join("base").join(WEIGHTS), &state)?;

@@ -1,6 +1,7 @@
 //! ONNX files that the project's engine does not run: each refused by the program itself, exit code 2, by node and reason.
 
 mod models;
+mod nodes;
 
 use std::fs;
 
@@ -11,6 +12,7 @@ use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{AttributeProto, NodeProto, TensorProto};
 
 use crate::models::{card_json, identity, model, node, port, teacher};
+use crate::nodes::{int, ints, tensor, with};
 
 const DIMS: [&str; 4] = ["n", "1", "4", "4"];
 
@@ -25,45 +27,27 @@ fn floats(name: &str, dims: &[i64]) -> TensorProto {
     }
 }
 
-fn integers(name: &str, values: &[i64]) -> TensorProto {
-    TensorProto {
-        name: name.to_owned(),
-        dims: vec![values.len() as i64],
-        data_type: DataType::Int64 as i32,
-        int64_data: values.to_vec(),
-        ..Default::default()
-    }
-}
-
-fn with(mut node: NodeProto, name: &str, set: impl FnOnce(&mut AttributeProto)) -> NodeProto {
-    let mut attribute = AttributeProto { name: name.to_owned(), ..Default::default() };
-    set(&mut attribute);
-    node.attribute.push(attribute);
-    node
-}
-
-fn number(value: i64) -> impl FnOnce(&mut AttributeProto) {
-    move |a| (a.r#type, a.i) = (AttributeType::Int as i32, value)
-}
-
-fn list(values: &[i64]) -> impl FnOnce(&mut AttributeProto) {
-    let values = values.to_vec();
-    move |a| (a.r#type, a.ints) = (AttributeType::Ints as i32, values)
-}
-
 #[test]
 fn nodes_of_other_forms_are_refused_by_name() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let image = || node("Identity", &["z"], "x");
     let one = |op, inputs: &[&str]| node(op, inputs, "y");
     let foreign = NodeProto { domain: "com.other".to_owned(), ..one("Relu", &["z"]) };
-    let row = with(node("Reshape", &["z", "sixteen"], "row"), "allowzero", number(0));
-    let resize = with(one("Resize", &["z", "", "scales"]), "mode", |a| {
-        (a.r#type, a.s) = (AttributeType::String as i32, b"cubic".to_vec());
-    });
-    let scaled = with(one("Gemm", &["z", "matrix"]), "alpha", |a| {
-        (a.r#type, a.f) = (AttributeType::Float as i32, 2.0)
-    });
+    let row = with(node("Reshape", &["z", "sixteen"], "row"), vec![int("allowzero", 0)]);
+    let mode = AttributeProto {
+        name: "mode".to_owned(),
+        r#type: AttributeType::String as i32,
+        s: b"cubic".to_vec(),
+        ..Default::default()
+    };
+    let resize = with(one("Resize", &["z", "", "scales"]), vec![mode]);
+    let alpha = AttributeProto {
+        name: "alpha".to_owned(),
+        r#type: AttributeType::Float as i32,
+        f: 2.0,
+        ..Default::default()
+    };
+    let scaled = with(one("Gemm", &["z", "matrix"]), vec![alpha]);
     let weights = || {
         let mut empty = floats("empty", &[0, 2]);
         empty.float_data.clear();
@@ -83,13 +67,13 @@ fn nodes_of_other_forms_are_refused_by_name() -> Result<()> {
             floats("matrix", &[4, 4]),
             floats("cube", &[1, 1, 1]),
             floats("scales", &[4]),
-            integers("sixteen", &[16]),
-            integers("nine", &[1, 1, 3, 3]),
-            integers("0,0", &[0, 0]),
-            integers("2,2", &[2, 2]),
-            integers("2,3", &[2, 3]),
-            integers("3", &[3]),
-            integers("1", &[1]),
+            tensor("sixteen", &[1], &[16]),
+            tensor("nine", &[4], &[1, 1, 3, 3]),
+            tensor("0,0", &[2], &[0, 0]),
+            tensor("2,2", &[2], &[2, 2]),
+            tensor("2,3", &[2], &[2, 3]),
+            tensor("3", &[1], &[3]),
+            tensor("1", &[1], &[1]),
             empty,
             single,
             eight,
@@ -97,16 +81,16 @@ fn nodes_of_other_forms_are_refused_by_name() -> Result<()> {
     };
     let cases: Vec<(Vec<NodeProto>, &str)> = vec![
         (vec![foreign], "got an operator of `com.other`, expected ONNX's own"),
-        (vec![with(one("Softmax", &["z"]), "axis", number(0))], "got axis 0, expected the last one"),
-        (vec![with(one("Softmax", &["z"]), "axis", number(9))], "got axis 9, expected one of 4 axes"),
+        (vec![with(one("Softmax", &["z"]), vec![int("axis", 0)])], "got axis 0, expected the last one"),
+        (vec![with(one("Softmax", &["z"]), vec![int("axis", 9)])], "got axis 9, expected one of 4 axes"),
         (vec![one("Constant", &[])], "the attribute `value` is missing"),
         (
-            vec![with(one("Transpose", &["z"]), "perm", list(&[0, 1]))],
+            vec![with(one("Transpose", &["z"]), vec![ints("perm", &[0, 1])])],
             "got `perm` [0, 1] for shape [1, 1, 4, 4]",
         ),
         (vec![one("Conv", &["z", "k", "two"])], "got a bias of 2 values, expected 1"),
         (
-            vec![with(one("Conv", &["z", "k"]), "strides", list(&[1]))],
+            vec![with(one("Conv", &["z", "k"]), vec![ints("strides", &[1])])],
             "got `strides` [1], expected two sizes",
         ),
         (vec![one("Conv", &["k", "k"])], "got a stored value as input 0, expected a computed one"),
@@ -119,7 +103,7 @@ fn nodes_of_other_forms_are_refused_by_name() -> Result<()> {
             vec![one("BatchNormalization", &["z", "three", "three", "three", "three"])],
             "expected a channel per parameter",
         ),
-        (vec![with(one("Concat", &[]), "axis", number(1))], "it has no input"),
+        (vec![with(one("Concat", &[]), vec![int("axis", 1)])], "it has no input"),
         (
             vec![one("Slice", &["z", "0,0", "2,2", "2,3"])],
             "got several axes or steps, expected a range of one axis",

@@ -2,6 +2,7 @@
 //! refused before memory is taken. `DMD_HOSTILE_ROUNDS=100` makes a hundred times as many damaged and random files.
 
 mod models;
+mod nodes;
 
 use std::path::Path;
 
@@ -16,6 +17,7 @@ use tract_onnx::pb::{
 };
 
 use crate::models::{card_json, identity, model, node, port, teacher};
+use crate::nodes::{int, ints, tensor, with};
 
 /// Draws one image by tract if it can be had; the error otherwise. The project's engine, which has fewer operators, must
 /// survive the file too.
@@ -42,39 +44,6 @@ fn refused(what: &str, bytes: &[u8], says: &str) -> Result<()> {
 /// Panics of tract are caught and become errors; their backtraces would cost more than the work.
 fn without_backtraces() {
     std::panic::set_hook(Box::new(|info| eprintln!("{info}")));
-}
-
-fn tensor(name: &str, dims: &[i64], values: &[i64]) -> TensorProto {
-    TensorProto {
-        name: name.to_owned(),
-        dims: dims.to_vec(),
-        data_type: DataType::Int64 as i32,
-        int64_data: values.to_vec(),
-        ..Default::default()
-    }
-}
-
-fn ints(name: &str, values: &[i64]) -> AttributeProto {
-    AttributeProto {
-        name: name.to_owned(),
-        r#type: AttributeType::Ints as i32,
-        ints: values.to_vec(),
-        ..Default::default()
-    }
-}
-
-fn int(name: &str, value: i64) -> AttributeProto {
-    AttributeProto {
-        name: name.to_owned(),
-        r#type: AttributeType::Int as i32,
-        i: value,
-        ..Default::default()
-    }
-}
-
-fn with(mut node: NodeProto, attributes: Vec<AttributeProto>) -> NodeProto {
-    node.attribute = attributes;
-    node
 }
 
 /// A model of 1x4x4 images from `z` to `y`.

@@ -12,7 +12,7 @@ pub struct Command {
 }
 
 impl Command {
-    /// From one line without operators; `cargo run --bin X -- …` is X.
+    /// From one line without operators; `cargo run --bin X -- …` and `mpirun -n N X …` are X.
     pub fn parse(line: &str) -> Self {
         let mut words: Vec<String> = words(line).into_iter().filter_map(|word| filled_in(&word)).collect();
         if words.starts_with(&["cargo".to_owned(), "run".to_owned()])
@@ -22,6 +22,9 @@ impl Command {
             let program = words[bin + 1].clone();
             words.drain(..=end);
             words.insert(0, program);
+        }
+        if words.starts_with(&["mpirun".to_owned(), "-n".to_owned()]) {
+            words.drain(..3.min(words.len()));
         }
         let program = if words.is_empty() { String::new() } else { words.remove(0) };
         Self { program, arguments: words }
