@@ -127,6 +127,13 @@ fn images_and_batches_beyond_measure_are_refused() -> Result<()> {
     refused("a name", &identity(&[&nested, "1", "4", "4"], "y", DataType::Float, None), "expected at most 64")
 }
 
+#[test]
+fn more_messages_than_any_network_has_are_not_decoded() -> Result<()> {
+    let graph = GraphProto { node: vec![NodeProto::default(); 1 << 18], ..Default::default() };
+    let bytes = ModelProto { graph: Some(graph), ..Default::default() }.encode_to_vec();
+    refused("empty nodes", &bytes, "more than 262144 messages and texts")
+}
+
 /// What tract would compute while it builds its plan, or while it runs it.
 #[test]
 fn sizes_are_refused_before_memory_is_taken() -> Result<()> {
