@@ -171,7 +171,7 @@ fn whole(folder: &Path) -> Result<usize> {
                     .find_map(|l| serde_json::from_str::<serde_json::Value>(l).err())
                     .map(|e| e.to_string())
             }
-            "html" => (!bytes.trim_ascii_end().ends_with(b"</html>")).then(|| "it is cut off".to_owned()),
+            "html" => (!bytes.trim_ascii_end().ends_with(b"</table>")).then(|| "it is cut off".to_owned()),
             "" if path.ends_with("lock") => None,
             other => bail!("`{}`: files of the kind `{other}` are not checked", path.display()),
         };

@@ -417,68 +417,18 @@ fn damaged_files_are_errors_or_run() -> Result<()> {
 #[test]
 fn random_graphs_are_errors_or_run() -> Result<()> {
     without_backtraces();
-    let operators = [
-        "Add",
-        "Mul",
-        "Conv",
-        "ConvTranspose",
-        "Reshape",
-        "Transpose",
-        "Concat",
-        "Gather",
-        "Slice",
-        "MatMul",
-        "Gemm",
-        "Softmax",
-        "InstanceNormalization",
-        "BatchNormalization",
-        "Resize",
-        "MaxPool",
-        "AveragePool",
-        "Cast",
-        "Tile",
-        "Expand",
-        "Pad",
-        "Split",
-        "Squeeze",
-        "Unsqueeze",
-        "ReduceMean",
-        "Shape",
-        "ConstantOfShape",
-        "Range",
-        "OneHot",
-        "Einsum",
-        "DepthToSpace",
-        "SpaceToDepth",
-        "Flatten",
-        "NonZero",
-        "TopK",
-        "Where",
-        "Clip",
-        "GlobalAveragePool",
-    ];
-    let names = [
-        "axis",
-        "axes",
-        "pads",
-        "strides",
-        "kernel_shape",
-        "group",
-        "dilations",
-        "perm",
-        "to",
-        "blocksize",
-        "starts",
-        "ends",
-        "split",
-        "output_shape",
-        "output_padding",
-        "mode",
-        "equation",
-        "keepdims",
-        "num_outputs",
-        "transB",
-    ];
+    let operators: Vec<&str> =
+        "Add Mul Conv ConvTranspose Reshape Transpose Concat Gather Slice MatMul Gemm Softmax \
+        InstanceNormalization BatchNormalization Resize MaxPool AveragePool Cast Tile Expand Pad Split \
+        Squeeze Unsqueeze ReduceMean Shape ConstantOfShape Range OneHot Einsum DepthToSpace \
+        SpaceToDepth Flatten NonZero TopK Where Clip GlobalAveragePool"
+            .split(' ')
+            .collect();
+    let names: Vec<&str> =
+        "axis axes pads strides kernel_shape group dilations perm to blocksize starts ends split \
+        output_shape output_padding mode equation keepdims num_outputs transB"
+            .split(' ')
+            .collect();
     let numbers = [-1, 0, 1, 2, 3, 4, -9, 100, 1 << 20, 1 << 40, i64::MAX, i64::MIN];
     let mut dice = Dice(11);
     let mut ran = 0;
