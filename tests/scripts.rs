@@ -116,3 +116,12 @@ fn documented_figures_are_those_of_the_results() -> Result<()> {
     ensure!(figures(copy.path(), &["--fast"])?.0 == Some(2), "`--fast` was taken");
     Ok(())
 }
+
+#[test]
+fn fuzzing_takes_a_number_of_seconds() -> Result<()> {
+    let cwd = tempfile::tempdir()?;
+    for argument in ["soon", "-1", "0"] {
+        refused(cwd.path(), "fuzz", &[argument], &[&format!("got `{argument}`"), "hint: scripts/fuzz 60"])?;
+    }
+    Ok(())
+}

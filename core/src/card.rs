@@ -239,3 +239,35 @@ impl ModelCard {
         [self.image.channels, self.image.height, self.image.width]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_take_turns_through_the_classes() {
+        let classes = Classes { count: 3, names: Vec::new(), none: Some(3) };
+        assert_eq!([0, 1, 2, 3, 7, u64::MAX].map(|k| classes.of_image(k)), [0, 1, 2, 0, 1, 0]);
+    }
+
+    #[test]
+    fn images_have_a_size_within_bounds() {
+        let card = |size: usize, range: &str| {
+            let text = format!(
+                r#"{{"card_version":1,"kind":"generator","arch":"x","name":"x","schedule":{{}},"noise":"dmd-noise-1",
+                "image":{{"channels":1,"height":{size},"width":1,"range":{range}}},"dtype":"f32","parameters":0,"macs":0,
+                "created_by":"x"}}"#
+            );
+            ModelCard::from_json(&text).map(|card| card.image_shape()).map_err(|e| e.to_string())
+        };
+        for size in [1, 1 << 16] {
+            assert_eq!(card(size, "[-1.0,1.0]"), Ok([1, size, 1]));
+        }
+        for size in [0, (1 << 16) + 1] {
+            assert!(card(size, "[-1.0,1.0]").unwrap_err().contains(&format!("got image 1x{size}x1")));
+        }
+        for range in ["[1.0,1.0]", "[1.0,-1.0]"] {
+            assert!(card(1, range).unwrap_err().contains("expected lower then upper"), "{range}");
+        }
+    }
+}

@@ -21,6 +21,9 @@ pub enum Error {
     /// The description of a golden file does not hold together.
     #[error("description of a golden file: {0}")]
     Golden(String),
+    /// An ONNX file that asks for too much memory.
+    #[error("{0}")]
+    Message(String),
     /// A value has a shape the operation cannot take.
     #[error("`{name}`: got shape {got:?}, expected {expected}")]
     Shape {

@@ -13,6 +13,7 @@ pub mod noise;
 pub mod pixels;
 pub mod sampler;
 pub mod schedule;
+pub mod wire;
 
 mod error;
 pub use error::{Error, Result};

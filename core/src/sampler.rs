@@ -268,6 +268,48 @@ mod tests {
         assert!(error(Sampler::Ddim, 200) < euler / 5.0);
     }
 
+    /// The mean and variance of Ho et al. 2020, Eq. 6 and 7, between neighbours, where they are stated in `betas`.
+    #[test]
+    fn an_ancestral_step_draws_from_the_posterior() {
+        for (variance, small) in [("fixed_small", true), ("fixed_large", false)] {
+            let text = format!(
+                r#"{{"trained_betas":[0.1,0.2,0.3],"prediction_type":"sample","clip_sample":false,"variance_type":"{variance}"}}"#
+            );
+            let s = schedule(&text);
+            let path = Trajectory::new(&s, Sampler::Ddpm, 3, [-1.0, 1.0]).unwrap();
+            let (x0, start, mut seen) = (0.4f32, -1.2f32, Vec::new());
+            let mut x = [start];
+            let predict = |_: usize, x: &[f32]| {
+                seen.push(x[0]);
+                Ok::<_, Infallible>(vec![x0])
+            };
+            path.run(&mut x, predict, |_, noise| noise.fill(1.0)).unwrap();
+            let mut x_t = f64::from(start);
+            for (t, got) in [2, 1].into_iter().zip(&seen[1..]) {
+                let (beta, kept, before) = (s.betas[t], s.alphas_cumprod[t], s.alphas_cumprod[t - 1]);
+                let mean = before.sqrt() * beta / (1.0 - kept) * f64::from(x0)
+                    + (1.0 - beta).sqrt() * (1.0 - before) / (1.0 - kept) * x_t;
+                let variance = if small { (1.0 - before) / (1.0 - kept) * beta } else { beta };
+                x_t = mean + variance.sqrt();
+                assert!((f64::from(*got) - x_t).abs() < 1e-6, "{text}, step {t}: {got}, expected {x_t}");
+            }
+            assert_eq!(x, [x0]);
+        }
+    }
+
+    /// `clip_sample_range` times half of the range, around its middle, wherever that is.
+    #[test]
+    fn images_are_cut_around_the_middle_of_their_range() {
+        let s = schedule(r#"{"prediction_type":"sample","clip_sample_range":2.0}"#);
+        for (range, cut) in [([0.0, 1.0], [-0.5, 1.5]), ([-1.0, 1.0], [-2.0, 2.0]), ([1.0, 5.0], [-1.0, 7.0])]
+        {
+            let path = Trajectory::new(&s, Sampler::Ddim, 1, range).unwrap();
+            let mut x = [0.0, 0.0, 0.0];
+            path.run(&mut x, |_, _| Ok::<_, Infallible>(vec![-9.0, 0.75, 9.0]), |_, _| {}).unwrap();
+            assert_eq!(x, [cut[0], 0.75, cut[1]], "{range:?}");
+        }
+    }
+
     #[test]
     fn names_are_read_as_they_are_written() {
         for name in Sampler::NAMES {

@@ -152,14 +152,7 @@ impl Checkpoint {
             write_json(&partial.join("generator.json"), generator)?;
         }
         write_tensors(&partial.join(weights::NAMES[0]), &self.tensors, &[])?;
-        let old = folder.with_extension("old");
-        let _ = std::fs::remove_dir_all(&old);
-        if folder.exists() {
-            std::fs::rename(folder, &old).map_err(Error::file("replace", folder))?;
-        }
-        std::fs::rename(&partial, folder).map_err(Error::file("write", folder))?;
-        let _ = std::fs::remove_dir_all(&old);
-        Ok(())
+        files::replace_folder(&partial, folder)
     }
 
     /// The constants of the one-step generator; an error if this is a base.

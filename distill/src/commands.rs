@@ -113,7 +113,7 @@ fn begin_distillation(
                     .into(),
             ));
         }
-        let run = Run::open(folder)?;
+        let run = if args.dry_run { Run::open(folder) } else { Run::resume(folder) }?;
         run.check_command("distill")?;
         let mut options: DistillOptions = run.options()?;
         if let Some(steps) = args.recipe.train_steps.filter(|steps| *steps != options.train_steps) {
@@ -354,7 +354,7 @@ fn begin_teacher(args: &TeacherArgs, team: &Team) -> Result<Option<(Run, Teacher
         return teacher::begin(start, args.out.as_deref()).map(Some);
     };
     let steps = args.resumed_steps()?;
-    let run = Run::open(folder)?;
+    let run = Run::resume(folder)?;
     run.check_command("teacher")?;
     let mut options: TeacherOptions = run.options()?;
     let loaded = teacher::reload(&options)?;

@@ -10,11 +10,15 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
+/// How the names of files begin that are being written.
+pub const TEMPORARY: &str = ".dmd-";
+
 /// Replaces `path` by `bytes`: temporary file in the same folder, fsync, rename.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(Error::file("create", folder))?;
     let mut builder = tempfile::Builder::new();
+    builder.prefix(TEMPORARY);
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut file = builder.tempfile_in(folder).map_err(Error::file("write", path))?;
@@ -34,6 +38,34 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
     fs::rename(&beside, to).map_err(Error::file("write", to))?;
     let _ = fs::remove_file(&beside); // renaming one name of a file onto another does nothing
     sync(to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+}
+
+/// Puts the folder `new` in the place of `folder`, which may exist. Where the system can exchange two names, there is one or
+/// the other at every moment; elsewhere, for a moment, only the old one as `folder` with the extension `old`.
+pub fn replace_folder(new: &Path, folder: &Path) -> Result<()> {
+    if !folder.exists() {
+        fs::rename(new, folder).map_err(Error::file("write", folder))?;
+    } else if exchange(new, folder) {
+        let _ = fs::remove_dir_all(new);
+    } else {
+        let old = folder.with_extension("old");
+        let _ = fs::remove_dir_all(&old);
+        fs::rename(folder, &old).map_err(Error::file("replace", folder))?;
+        fs::rename(new, folder).map_err(Error::file("write", folder))?;
+        let _ = fs::remove_dir_all(&old);
+    }
+    sync(folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+}
+
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+fn exchange(one: &Path, other: &Path) -> bool {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).is_ok()
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
+fn exchange(_: &Path, _: &Path) -> bool {
+    false
 }
 
 /// Makes renames in a folder durable, where folders can be opened.

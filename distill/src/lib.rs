@@ -20,6 +20,7 @@ pub mod html;
 pub mod hub;
 pub mod inventory;
 pub mod judge;
+pub mod lock;
 pub mod losses;
 pub mod metrics;
 pub mod monitor;

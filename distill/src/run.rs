@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use crate::checkpoint::{read_metadata, read_tensors, write_json, write_tensors};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::lock::Lock;
 use crate::network::Tensors;
 
 /// Name of the state that a run continues from.
@@ -28,6 +29,8 @@ const INIT: &str = "init.safetensors";
 pub struct Run {
     /// Its path.
     pub folder: PathBuf,
+    /// Held while the run is worked on; none where it is only read.
+    lock: Option<Lock>,
 }
 
 impl Run {
@@ -55,8 +58,12 @@ impl Run {
         });
         let _ = fs::remove_dir_all(&partial);
         fs::create_dir_all(&partial).map_err(Error::file("create", &partial))?;
-        let run = Self { folder: partial.clone() };
-        let written = prepare(&partial).and_then(|()| run.save_options(options));
+        let mut run = Self { folder: partial.clone(), lock: None };
+        let written = prepare(&partial).and_then(|()| {
+            run.save_options(options)?;
+            run.lock = Some(Lock::take(&partial)?);
+            Ok(())
+        });
         if written.is_err() {
             let _ = fs::remove_dir_all(&partial);
         }
@@ -68,13 +75,19 @@ impl Run {
                 _ => return Err(Error::file("create", &folder)(e)),
             }
         }
-        Ok(Self { folder })
+        Ok(Self { folder, ..run })
     }
 
-    /// An existing run, to be continued.
+    /// An existing run, to be continued: no other process may work on it meanwhile.
+    pub fn resume(folder: &Path) -> Result<Self> {
+        let run = Self::open(folder)?;
+        Ok(Self { lock: Some(Lock::take(folder)?), ..run })
+    }
+
+    /// An existing run, to be read.
     pub fn open(folder: &Path) -> Result<Self> {
         if folder.join("run.json").is_file() {
-            return Ok(Self { folder: folder.to_owned() });
+            return Ok(Self { folder: folder.to_owned(), lock: None });
         }
         Err(Error::content(
             folder,

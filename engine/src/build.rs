@@ -9,7 +9,7 @@ use crate::kernels::pointwise::Unary;
 use crate::message::{Model, Node};
 use crate::network::Input;
 use crate::operators::Operator;
-use crate::tensor::Stored;
+use crate::tensor::{Stored, count};
 use crate::{Error, Result};
 
 /// What a step reads.
@@ -87,6 +87,12 @@ pub(crate) fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<
     let mut values = Vec::with_capacity(inputs.len());
     for input in inputs {
         let flow = builder.value(input.shape.to_vec(), None);
+        if builder.sizes[flow.value] > MAX_VALUES {
+            let (name, shape) = (input.name, input.shape);
+            return Err(Error::Graph(format!(
+                "got the input `{name}` of shape {shape:?}, expected at most {MAX_VALUES} numbers"
+            )));
+        }
         values.push(flow.value);
         builder.names.insert(input.name.to_owned(), Value::Flow(flow));
     }
@@ -130,7 +136,7 @@ fn needed(nodes: Vec<Node>, outputs: &[&str]) -> Vec<Node> {
 
 impl Builder {
     fn value(&mut self, shape: Vec<usize>, producer: Option<usize>) -> Flow {
-        self.sizes.push(shape.iter().fold(1, |n, d| n.saturating_mul(*d)));
+        self.sizes.push(count(&shape).unwrap_or(usize::MAX));
         self.producers.push(producer);
         Flow { value: self.sizes.len() - 1, shape, alone: true }
     }
@@ -221,8 +227,7 @@ impl Builder {
 
     /// The same value in another shape.
     pub(crate) fn reshaped(&self, node: &Node, flow: Flow, shape: Vec<usize>) -> Result<Flow> {
-        let (got, expected) = (shape.iter().product::<usize>(), flow.shape.iter().product::<usize>());
-        if got != expected {
+        if count(&shape) != count(&flow.shape) {
             return Err(node.wrong(format!("got {shape:?} for a value of shape {:?}", flow.shape)));
         }
         let alone = flow.alone && self.readers(node, 0) == 1;

@@ -9,8 +9,9 @@ use crate::kernels::norm::GroupNorm;
 use crate::kernels::pointwise::{Binary, Repeat, Unary};
 use crate::kernels::shape::Pool;
 use crate::message::{Node, data_type};
+use crate::nodes::MAX_SIZE;
 use crate::operators::Operator;
-use crate::tensor::{Stored, dequantize};
+use crate::tensor::{Stored, count, dequantize};
 
 impl Builder {
     /// The node's first output.
@@ -172,7 +173,7 @@ impl Builder {
 
     fn conv(&mut self, node: &Node) -> Result<Flow> {
         let x = self.flow(node, 0)?;
-        let weight = self.stored(node, 1)?;
+        let (weight, values) = (self.stored(node, 1)?, self.floats(node, 1)?);
         let (&[n, c, h, w], &[out, input, kh, kw]) = (&x.shape[..], &weight.shape()[..]) else {
             return Err(node.wrong(format!("got x of shape {:?}, expected an image", x.shape)));
         };
@@ -186,7 +187,7 @@ impl Builder {
         let margin = [pads[0], pads[1]];
         let geometry = Geometry { channels: c, image: [h, w], places, kernel, stride, margin };
         let bias = self.bias(node, out)?;
-        let conv = Conv::new(geometry, &weight.floats().map_err(|e| node.wrong(e))?, bias);
+        let conv = Conv::new(geometry, &values, bias);
         let sizes = [c * h * w, out * geometry.positions()];
         let shape = vec![n, out, places[0], places[1]];
         Ok(self.step(node, Operator::Conv(Box::new(conv), sizes), operands(&[&x]), shape))
@@ -194,7 +195,7 @@ impl Builder {
 
     fn conv_transpose(&mut self, node: &Node) -> Result<Flow> {
         let x = self.flow(node, 0)?;
-        let weight = self.stored(node, 1)?;
+        let (weight, values) = (self.stored(node, 1)?, self.floats(node, 1)?);
         let (&[n, c, h, w], &[input, out, kh, kw]) = (&x.shape[..], &weight.shape()[..]) else {
             return Err(node.wrong(format!("got x of shape {:?}, expected an image", x.shape)));
         };
@@ -204,7 +205,8 @@ impl Builder {
         let kernel = [kh, kw];
         let (stride, pads) = self.window(node, kernel)?;
         let side = |i: usize, n: usize| {
-            ((n.max(1) - 1) * stride[i] + kernel[i]).checked_sub(pads[i] + pads[i + 2]).filter(|n| *n > 0)
+            let covered = (n.max(1) - 1).checked_mul(stride[i])?.checked_add(kernel[i])?;
+            covered.checked_sub(pads[i] + pads[i + 2]).filter(|n| *n > 0)
         };
         let (Some(oh), Some(ow), true) = (side(0, h), side(1, w), input == c && kh * kw * out > 0) else {
             let shape = weight.shape();
@@ -213,7 +215,7 @@ impl Builder {
         let (image, places, margin) = ([oh, ow], [h, w], [pads[0], pads[1]]);
         let geometry = Geometry { channels: out, image, places, kernel, stride, margin };
         let bias = self.bias(node, out)?;
-        let conv = ConvTranspose::new(geometry, &weight.floats().map_err(|e| node.wrong(e))?, bias);
+        let conv = ConvTranspose::new(geometry, &values, bias);
         let operator = Operator::ConvTranspose(Box::new(conv), [c * h * w, out * oh * ow]);
         Ok(self.step(node, operator, operands(&[&x]), vec![n, out, oh, ow]))
     }
@@ -355,10 +357,10 @@ impl Builder {
         let scales = self.floats(node, 2)?;
         match (&x.shape[..], &scales[..]) {
             (&[n, c, h, w], &[1.0, 1.0, down, across])
-                if down.fract() == 0.0 && across.fract() == 0.0 && down >= 1.0 && across >= 1.0 =>
+                if [down, across].iter().all(|f| f.fract() == 0.0 && (1.0..=MAX_SIZE as f32).contains(f)) =>
             {
                 let factors = [down as usize, across as usize];
-                let shape = vec![n, c, h * factors[0], w * factors[1]];
+                let shape = vec![n, c, h.saturating_mul(factors[0]), w.saturating_mul(factors[1])];
                 Ok(self.step(node, Operator::Enlarge(w, factors), operands(&[&x]), shape))
             }
             _ => Err(node.wrong(format!("got scales {scales:?}, expected whole factors of an image"))),
@@ -386,7 +388,7 @@ impl Builder {
             });
         }
         if let Some(open) = numbers.iter().position(|&n| n == -1) {
-            let known: usize = shape.iter().product();
+            let known = count(&shape).ok_or_else(wrong)?;
             shape[open] = x.shape.iter().product::<usize>().checked_div(known).ok_or_else(wrong)?;
         }
         self.reshaped(node, x.clone(), shape)
@@ -405,7 +407,7 @@ impl Builder {
             if !same {
                 return Err(node.wrong(format!("got shapes {:?} and {:?}", first.shape, part.shape)));
             }
-            shape[axis] += part.shape[axis];
+            shape[axis] = part.shape[axis].saturating_add(shape[axis]);
             widths.push(part.shape[axis..].iter().product());
         }
         Ok(self.step(node, Operator::Concat(widths), operands(&parts.iter().collect::<Vec<_>>()), shape))
@@ -439,12 +441,13 @@ impl Builder {
         node.only("axis", 0)?;
         let (table, indices) = (self.stored(node, 0)?, self.flow(node, 1)?);
         let rows = table.shape();
-        let (Some((&count, rest)), values) = (rows.split_first(), table.floats().map_err(|e| node.wrong(e))?)
+        let (Some((&entries, rest)), values) =
+            (rows.split_first(), table.floats().map_err(|e| node.wrong(e))?)
         else {
             return Err(node.wrong("got a single number, expected a table"));
         };
         let width: usize = rest.iter().product();
-        if count * width == 0 {
+        if entries * width == 0 {
             return Err(node.wrong(format!("got a table of shape {rows:?}, expected some rows")));
         }
         let shape = [&indices.shape[..], rest].concat();

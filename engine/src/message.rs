@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use prost::Message;
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// Numbers of `TensorProto.DataType`, those that anything here reads.
 pub mod data_type {
@@ -311,8 +311,9 @@ impl Model {
     /// Reads a file.
     ///
     /// # Errors
-    /// Bytes that are not a whole ONNX file.
+    /// Bytes that are not a whole ONNX file, or one of more messages than any network has.
     pub fn from_bytes(bytes: Bytes) -> Result<Self> {
+        dmd_core::wire::check(&bytes).map_err(|e| Error::Graph(e.to_string()))?;
         Ok(<Self as Message>::decode(bytes)?)
     }
 }

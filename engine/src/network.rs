@@ -135,6 +135,11 @@ impl Network {
         })
     }
 
+    /// Numbers of a workspace, 4 bytes each.
+    pub fn workspace_len(&self) -> usize {
+        self.buffers.iter().sum::<usize>() + self.scratch
+    }
+
     /// Memory for running it.
     pub fn workspace(&self) -> Workspace {
         let buffers = self.buffers.iter().map(|&size| vec![0.0; size]).collect();

@@ -3,8 +3,8 @@
 use crate::message::Node;
 use crate::{Error, Result};
 
-/// The largest of a node's sizes.
-const MAX_SIZE: usize = 1 << 20;
+/// Largest size, margin or step; sums of them with the sizes of values cannot overflow.
+pub(crate) const MAX_SIZE: usize = 1 << 16;
 
 impl Node {
     /// An error about this node.

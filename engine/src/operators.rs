@@ -75,7 +75,7 @@ impl Operator {
         match self {
             Self::Conv(conv, _) => conv.scratch(),
             Self::ConvTranspose(conv, _) => conv.scratch(),
-            Self::MatMul { sizes: [_, depth, columns] } => (depth + 1) * gemm::padded(*columns),
+            Self::MatMul { sizes: [_, depth, columns] } => (depth + 1).saturating_mul(gemm::padded(*columns)),
             _ => 0,
         }
     }

@@ -6,6 +6,11 @@ use half::f16;
 
 use crate::message::{self, EXTERNAL, data_type};
 
+/// Values of a shape; none if they cannot be counted.
+pub fn count(shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d))
+}
+
 /// Values whose numbers are known.
 #[derive(Clone, Debug)]
 pub enum Stored {
@@ -69,7 +74,7 @@ impl Stored {
 
     fn filled(&self, got: usize) -> Result<(), String> {
         let shape = self.shape();
-        let expected = shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
+        let expected = count(&shape);
         match self {
             Self::File(tensor) if tensor.data_location == EXTERNAL => {
                 Err(format!("`{}` lies in another file, expected a single file", tensor.name))

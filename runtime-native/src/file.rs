@@ -1,7 +1,7 @@
 //! What an ONNX file says about itself: model card, inputs, outputs, sizes; checked before any engine sees it.
 //! The contract and its names are those of `dmd_core::card`. No inference here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -164,7 +164,8 @@ fn describe(name: &str, bytes: usize, model: &Model) -> Result<ModelInfo, String
         None => None,
     };
     check_structure(graph)?;
-    let is_weight = |port: &&ValueInfo| graph.initializer.iter().any(|w| w.name == port.name);
+    let weights: HashSet<&str> = graph.initializer.iter().map(|w| w.name.as_str()).collect();
+    let is_weight = |port: &&ValueInfo| weights.contains(port.name.as_str());
     let mut inputs = graph.input.iter().filter(|p| !is_weight(p)).map(port).collect::<Result<Vec<_>, _>>()?;
     let mut outputs = graph.output.iter().map(port).collect::<Result<Vec<_>, _>>()?;
     let (kind, output) = assign_roles(card.as_ref(), &mut inputs, &mut outputs)?;
@@ -201,15 +202,13 @@ fn describe(name: &str, bytes: usize, model: &Model) -> Result<ModelInfo, String
 
 fn check_structure(graph: &Graph) -> Result<(), String> {
     checks::tensors(graph)?;
-    for output in &graph.output {
-        let made = graph.node.iter().flat_map(|n| &n.output).any(|o| *o == output.name)
-            || graph.initializer.iter().any(|w| w.name == output.name)
-            || graph.input.iter().any(|i| i.name == output.name);
-        if !made {
-            return Err(format!("nothing computes the output `{}`", output.name));
-        }
+    let computed = graph.node.iter().flat_map(|n| &n.output);
+    let stored = graph.initializer.iter().map(|w| &w.name);
+    let made: HashSet<&String> = computed.chain(stored).chain(graph.input.iter().map(|i| &i.name)).collect();
+    match graph.output.iter().find(|output| !made.contains(&output.name)) {
+        Some(output) => Err(format!("nothing computes the output `{}`", output.name)),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 fn port(info: &ValueInfo) -> Result<Port, String> {

@@ -58,7 +58,7 @@ impl Summary {
 
     /// Multiply-accumulate operations per image.
     pub fn total_macs(&self) -> u64 {
-        self.macs.iter().map(|(_, macs)| macs).sum()
+        self.macs.iter().fold(0, |sum, (_, macs)| sum.saturating_add(*macs))
     }
 
     /// Compares a checkpoint's tensors with what the configuration asks for; names the first that differs.
@@ -276,7 +276,8 @@ impl Ops for Shapes {
         _heads: usize,
     ) -> Result<Vec<usize>> {
         let pixels = q[2] * q[3];
-        self.0.macs.push(("attention".into(), (2 * pixels * pixels * q[1]) as u64));
+        let macs = [2, pixels, pixels, q[1]].iter().fold(1u64, |n, size| n.saturating_mul(*size as u64));
+        self.0.macs.push(("attention".into(), macs));
         Ok(self.made(q.clone()))
     }
 }

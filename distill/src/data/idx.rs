@@ -11,8 +11,8 @@ use super::{Dataset, Split, entries, fashion};
 use crate::error::{Error, Result};
 use crate::files;
 
-/// Longest content that is read, decompressed.
-const LIMIT: u64 = 1 << 32;
+/// Longest header of an idx file.
+const HEADER: u64 = 4 + 4 * 4;
 /// Bytes of a compressed file that surely hold the header.
 const HEAD: u64 = 1 << 12;
 /// How a gzip file begins.
@@ -70,7 +70,7 @@ impl Files {
         file.take(HEAD).read_to_end(&mut start).map_err(Error::file("read", &self.images))?;
         if start.starts_with(&GZIP) {
             let mut content = Vec::new();
-            let read = GzDecoder::new(start.as_slice()).take(16).read_to_end(&mut content);
+            let read = GzDecoder::new(start.as_slice()).take(HEADER).read_to_end(&mut content);
             read.map_err(Error::file("read", &self.images))?;
             start = content;
         }
@@ -127,17 +127,19 @@ fn header<'a>(path: &Path, bytes: &'a [u8]) -> Result<(Vec<usize>, &'a [u8])> {
     Ok((sizes.collect(), &bytes[end..]))
 }
 
-/// The content of a file that may be compressed.
+/// The content of a file that may be compressed; of an idx file no more than its header promises, and a byte.
 pub fn decompress(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
     if !bytes.starts_with(&GZIP) {
         return Ok(bytes);
     }
-    let mut out = Vec::new();
-    GzDecoder::new(bytes.as_slice())
-        .take(LIMIT)
-        .read_to_end(&mut out)
-        .map_err(|e| Error::content(path, format!("not a complete gzip file: {e}")))?;
-    Ok(out)
+    let bad = |e| Error::content(path, format!("not a complete gzip file: {e}"));
+    let (mut content, mut start) = (GzDecoder::new(bytes.as_slice()), Vec::new());
+    content.by_ref().take(HEADER).read_to_end(&mut start).map_err(bad)?;
+    let (sizes, data) = header(path, &start)?;
+    let promised = sizes.iter().fold(1u64, |n, size| n.saturating_mul(*size as u64));
+    let rest = promised.saturating_sub(data.len() as u64).saturating_add(1);
+    content.take(rest).read_to_end(&mut start).map_err(bad)?;
+    Ok(start)
 }
 
 #[cfg(test)]
@@ -152,5 +154,23 @@ mod tests {
         for bad in [&good[..14], &good[..10], &good[..2], &[0, 0, 13, 1, 0, 0, 0, 0], &[]] {
             assert!(parse(path, bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn no_more_is_unpacked_than_the_header_promises() {
+        let packed = |content: &[u8]| {
+            let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+            std::io::Write::write_all(&mut packer, content).unwrap();
+            packer.finish().unwrap()
+        };
+        let path = Path::new("x");
+        let good = [0, 0, 8, 1, 0, 0, 0, 3, 7, 8, 9];
+        assert_eq!(decompress(path, packed(&good)).unwrap(), good);
+        let bomb = decompress(path, packed(&[&good[..], &[0; 1 << 20]].concat())).unwrap();
+        assert_eq!(bomb.len(), 21, "the longest header and a byte");
+        assert!(parse(path, &bomb).is_err());
+        assert!(decompress(path, packed(&[0; 1 << 20])).is_err());
+        let short = packed(&good);
+        assert!(decompress(path, short[..short.len() - 9].to_vec()).is_err(), "cut off");
     }
 }

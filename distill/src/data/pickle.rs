@@ -16,6 +16,9 @@ pub enum Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
+/// Values of a pickle, and values that it keeps: a batch of 10,000 images has some ten thousand.
+const MAX_VALUES: usize = 1 << 20;
+
 /// What an array of bytes is made with.
 const KNOWN: [&str; 5] = [
     "numpy.core.multiarray._reconstruct",
@@ -65,6 +68,7 @@ impl Pickle {
             stack: Vec::new(),
             marks: Vec::new(),
             memo: BTreeMap::new(),
+            left: bytes.len(),
         };
         let root = machine.run()?;
         Ok(Self { values: machine.values, root })
@@ -133,6 +137,8 @@ struct Machine<'a> {
     stack: Vec<Id>,
     marks: Vec<usize>,
     memo: BTreeMap<u64, Id>,
+    /// Bytes that texts may still be encoded to: no more than there are in the file, as each is needed once.
+    left: usize,
 }
 
 fn broken<T>(problem: &str) -> Result<T> {
@@ -142,6 +148,9 @@ fn broken<T>(problem: &str) -> Result<T> {
 impl<'a> Machine<'a> {
     fn run(&mut self) -> Result<Id> {
         loop {
+            if self.values.len().max(self.memo.len()) > MAX_VALUES {
+                return Err(Error::Broken(format!("it has more than {MAX_VALUES} values")));
+            }
             match self.take(1)?[0] {
                 b'.' => return self.pop(),
                 0x80 => self.skip(1)?, // version of the protocol
@@ -376,6 +385,8 @@ impl<'a> Machine<'a> {
             all.iter().map(|id| if let Value::Text(text) = &self.values[*id] { text.as_str() } else { "" });
         let bytes = match texts.collect::<Vec<_>>().as_slice() {
             [text, "latin1" | "latin-1"] => {
+                let left = self.left.checked_sub(text.len());
+                self.left = left.map_or_else(|| broken("it encodes a text again and again"), Ok)?;
                 text.chars().map(|c| u8::try_from(u32::from(c))).collect::<std::result::Result<Vec<u8>, _>>()
             }
             _ => return broken("a text is encoded in another way than latin1"),

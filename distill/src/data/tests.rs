@@ -269,3 +269,24 @@ fn damage_never_panics() {
         }
     }
 }
+
+/// A text that is written once and encoded many times would fill any memory, as would values of a byte each.
+#[test]
+fn a_pickle_makes_no_more_than_it_holds() {
+    let text = |text: &str| [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat();
+    let once = [
+        b"\x80\x02c_codecs\nencode\nq\x00".to_vec(),
+        text(&"t".repeat(100)),
+        text("latin1"),
+        b"\x86q\x01R".to_vec(),
+    ];
+    let once = once.concat();
+    assert!(Pickle::read(&[&once[..], b"."].concat()).is_ok());
+    let again = [&once[..], &b"h\x00h\x01R".repeat(9), b"."].concat();
+    let problem = format!("{:?}", Pickle::read(&again).unwrap_err());
+    assert!(problem.contains("again and again"), "{problem}");
+    for bytes in [vec![b'N'; 2 << 20], [vec![b'N'], vec![0x94; 2 << 20]].concat()] {
+        let problem = format!("{:?}", Pickle::read(&bytes).unwrap_err());
+        assert!(problem.contains("more than 1048576 values"), "{problem}");
+    }
+}

@@ -18,8 +18,10 @@ use crate::network::Tensors;
 const STATE_KEYS: [&str; 6] = ["state_dict", "model_state_dict", "model", "ema", "unet", "ddpm"];
 /// Bytes of the pickle, which holds names and sizes only.
 const PICKLE_LIMIT: u64 = 1 << 26;
-/// Bytes of a file inside a zip file.
-const INNER_LIMIT: u64 = 1 << 34;
+/// Weights hardly compress, and PyTorch does not try: what unpacks to more than so many times its file, and this many bytes
+/// besides, is no checkpoint.
+const RATIO: u64 = 16;
+const SPARE: u64 = 1 << 20;
 
 /// Why a file is of no use.
 #[derive(Debug)]
@@ -31,7 +33,12 @@ pub enum Problem {
 }
 
 type Result<T> = std::result::Result<T, Problem>;
-type Archive<'a> = ZipArchive<Cursor<&'a [u8]>>;
+
+/// A zip file, and how many bytes may still be unpacked from it.
+struct Archive<'a> {
+    zip: ZipArchive<Cursor<&'a [u8]>>,
+    left: u64,
+}
 
 fn broken<T>(problem: impl ToString) -> Result<T> {
     Err(Problem::Broken(problem.to_string()))
@@ -41,12 +48,12 @@ fn broken<T>(problem: impl ToString) -> Result<T> {
 /// file that holds one PyTorch file is opened first.
 pub fn read(bytes: &[u8]) -> Result<Tensors> {
     let mut archive = open(bytes)?;
-    let names: Vec<String> = archive.file_names().filter_map(|n| Some(n.ok()?.into_owned())).collect();
+    let names: Vec<String> = archive.zip.file_names().filter_map(|n| Some(n.ok()?.into_owned())).collect();
     let Some(pickle) = names.iter().find(|name| name.rsplit('/').next() == Some("data.pkl")) else {
         let inner: Vec<&String> = names.iter().filter(|name| is_inner(name)).collect();
         return match inner.as_slice() {
             [] => broken("there is no data.pkl in it"),
-            [name] => read_archive(&entry(&mut archive, name, INNER_LIMIT)?),
+            [name] => read_archive(&archive.entry(name, u64::MAX)?),
             [first, second, ..] => broken(format!("it holds several models: `{first}`, `{second}`, …")),
         };
     };
@@ -57,7 +64,7 @@ pub fn read(bytes: &[u8]) -> Result<Tensors> {
 /// A PyTorch file, but no zip file around one.
 fn read_archive(bytes: &[u8]) -> Result<Tensors> {
     let mut archive = open(bytes)?;
-    let pickle = archive.file_names().filter_map(std::result::Result::ok).find_map(|name| {
+    let pickle = archive.zip.file_names().filter_map(std::result::Result::ok).find_map(|name| {
         name.strip_suffix("data.pkl").filter(|f| f.is_empty() || f.ends_with('/')).map(str::to_owned)
     });
     match pickle {
@@ -67,7 +74,8 @@ fn read_archive(bytes: &[u8]) -> Result<Tensors> {
 }
 
 fn open(bytes: &[u8]) -> Result<Archive<'_>> {
-    ZipArchive::new(Cursor::new(bytes)).or_else(broken)
+    let zip = ZipArchive::new(Cursor::new(bytes)).or_else(broken)?;
+    Ok(Archive { zip, left: RATIO * bytes.len() as u64 + SPARE })
 }
 
 /// Whether an entry of a zip file may be a PyTorch file.
@@ -77,19 +85,25 @@ fn is_inner(name: &str) -> bool {
     known && !file.starts_with('.') && !name.starts_with("__MACOSX")
 }
 
-fn entry(archive: &mut Archive, name: &str, limit: u64) -> Result<Vec<u8>> {
-    let file = archive.by_name(name).or_else(|e| broken(format!("`{name}`: {e}")))?;
-    let mut bytes = Vec::new();
-    let read = file.take(limit + 1).read_to_end(&mut bytes).or_else(|e| broken(format!("`{name}`: {e}")))?;
-    match read as u64 > limit {
-        true => broken(format!("`{name}` is larger than {limit} bytes")),
-        false => Ok(bytes),
+impl Archive<'_> {
+    /// Unpacks a file of at most `limit` bytes.
+    fn entry(&mut self, name: &str, limit: u64) -> Result<Vec<u8>> {
+        let limit = limit.min(self.left);
+        let file = self.zip.by_name(name).or_else(|e| broken(format!("`{name}`: {e}")))?;
+        let mut bytes = Vec::new();
+        let read =
+            file.take(limit + 1).read_to_end(&mut bytes).or_else(|e| broken(format!("`{name}`: {e}")))?;
+        match self.left.checked_sub(read as u64).filter(|_| read as u64 <= limit) {
+            Some(left) => self.left = left,
+            None => return broken(format!("`{name}` unpacks to more than {limit} bytes")),
+        }
+        Ok(bytes)
     }
 }
 
 /// The tensors of `FOLDER/data.pkl`, whose values are in `FOLDER/data/`.
 fn tensors(archive: &mut Archive, folder: &str) -> Result<Tensors> {
-    let values = Values::parse(&entry(archive, &format!("{folder}data.pkl"), PICKLE_LIMIT)?)?;
+    let values = Values::parse(&archive.entry(&format!("{folder}data.pkl"), PICKLE_LIMIT)?)?;
     if let Some(foreign) = values.foreign() {
         return Err(Problem::Foreign(foreign));
     }
@@ -105,8 +119,8 @@ fn tensors(archive: &mut Archive, folder: &str) -> Result<Tensors> {
         for (name, tensor) in described {
             let path = format!("{folder}data/{}", tensor.key);
             if !storages.contains_key(&path) {
-                let bytes = entry(archive, &path, INNER_LIMIT)?;
-                let values = floats(&bytes, &tensor.class)?;
+                let bytes = archive.entry(&path, u64::MAX)?;
+                let values = floats(&bytes, tensor.class)?;
                 stored += values.len();
                 storages.insert(path.clone(), values);
             }
@@ -141,7 +155,7 @@ fn floats(bytes: &[u8], class: &str) -> Result<Vec<f32>> {
     })
 }
 
-impl Described {
+impl Described<'_> {
     /// The numbers in the order of the axes.
     fn gather(&self, name: &str, storage: &[f32]) -> Result<Tensor> {
         let outside = || Problem::Broken(format!("tensor `{name}` reaches beyond its storage"));

@@ -127,7 +127,7 @@ fn a_malformed_tensor_is_refused_by_name() {
 
 #[test]
 fn neither_depth_nor_repetition_nor_damage_does_harm() {
-    let deep = [&b"\x80\x02)"[..], &vec![0x85; 3_000_000], b"."].concat();
+    let deep = [&b"\x80\x02)"[..], &vec![0x85; 2_000_000], b"."].concat();
     assert!(problem(&deep).contains("no tensors"));
     let mut wide = b"\x80\x02]q\x00".to_vec();
     for _ in 0..200 {
@@ -150,4 +150,37 @@ fn neither_depth_nor_repetition_nor_damage_does_harm() {
             let _ = read(&file(&changed));
         }
     }
+}
+
+/// Bytes that each make a value of fifty, in a file that packs them to nothing, and storages of zeros that do the same.
+#[test]
+fn what_unpacks_to_far_more_than_its_file_is_refused() {
+    let deflated = |entries: &[(&str, &[u8])]| archive(entries, zip::CompressionMethod::Deflated);
+    let pickle = dict(&tensor(0, &[6], &[1]));
+    let fits = deflated(&[("m/data.pkl", &pickle), ("m/data/0", &[0; 24])]);
+    assert_eq!(read(&fits).unwrap()["w"].dims(), [6]);
+    let zeros = vec![0; 4 << 20];
+    for bomb in [
+        deflated(&[("m/data.pkl", &pickle), ("m/data/0", &zeros)]),
+        deflated(&[("m.pth", &archive(&[("m/data.pkl", &zeros)], zip::CompressionMethod::Stored))]),
+    ] {
+        let Err(Problem::Broken(problem)) = read(&bomb) else { panic!("a bomb was unpacked") };
+        assert!(problem.contains("unpacks to more than"), "{problem}");
+    }
+    let values = [b"\x80\x02".to_vec(), vec![b'N'; 3 << 20], b".".to_vec()].concat();
+    let Err(Problem::Broken(problem)) = read(&file(&values)) else { panic!("all values were kept") };
+    assert!(problem.contains("more than 2097152 values"), "{problem}");
+    let kept = [b"\x80\x02N".to_vec(), vec![0x94; 3 << 20], b".".to_vec()].concat();
+    assert!(matches!(read(&file(&kept)), Err(Problem::Broken(_))));
+}
+
+/// A long name that many entries share by reference costs time for each of them.
+#[test]
+fn names_and_keys_are_short() {
+    let long = "n".repeat(1 << 20);
+    let named = [b"\x80\x02}", text(&long).as_slice(), &tensor(0, &[6], &[1]), b"s."].concat();
+    assert!(matches!(read(&file(&named)), Err(Problem::Broken(_))), "a name of a megabyte");
+    let class = [b"\x80\x02", global("torch", &long).as_slice(), b"."].concat();
+    let Err(Problem::Broken(problem)) = read(&file(&class)) else { panic!("a class of a megabyte") };
+    assert!(problem.contains("name without end"), "{problem}");
 }

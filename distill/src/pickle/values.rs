@@ -2,18 +2,24 @@
 //! recurses, so neither depth nor size can grow beyond the file's own. Nothing is called.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 
 use super::{Problem, Result, broken};
 
 /// Modules whose classes a pickle of tensors refers to; anything else would be code.
 const HARMLESS: [&str; 5] = ["collections", "torch", "torch._utils", "torch._tensor", "torch.storage"];
 
+/// Values of a pickle, and values that it keeps: some hundred thousand tensors have fewer.
+const MAX_VALUES: usize = 1 << 21;
+/// Bytes of a name, a key or a class; longer texts are none of these.
+const MAX_NAME: usize = 1 << 10;
+
 /// Where a tensor's numbers are.
-pub struct Described {
+pub struct Described<'a> {
     /// Type of the storage.
-    pub class: String,
+    pub class: &'a str,
     /// Name of the storage.
-    pub key: String,
+    pub key: &'a str,
     /// First number.
     pub offset: usize,
     /// Numbers along each axis.
@@ -24,9 +30,9 @@ pub struct Described {
 
 /// A value of a pickle; others are given by their place in the list.
 enum Value {
-    Class(String, String),
+    Class(Rc<str>, Rc<str>),
     Int(i64),
-    Text(String),
+    Text(Rc<str>),
     /// A tuple or a list.
     Sequence(Vec<usize>),
     Dict(Vec<(usize, usize)>),
@@ -47,21 +53,21 @@ impl Values {
     /// The value under a key of a dictionary.
     pub fn member(&self, dict: usize, key: &str) -> Option<usize> {
         let Value::Dict(all) = &self.all[dict] else { return None };
-        all.iter().find(|(k, _)| matches!(&self.all[*k], Value::Text(text) if text == key)).map(|(_, v)| *v)
+        all.iter()
+            .find(|(k, _)| matches!(&self.all[*k], Value::Text(text) if **text == *key))
+            .map(|(_, v)| *v)
     }
 
     /// The first class that no tensor needs.
     pub fn foreign(&self) -> Option<String> {
         self.all.iter().find_map(|value| match value {
-            Value::Class(module, name) if !HARMLESS.contains(&module.as_str()) => {
-                Some(format!("{module}.{name}"))
-            }
+            Value::Class(module, name) if !HARMLESS.contains(&&**module) => Some(format!("{module}.{name}")),
             _ => None,
         })
     }
 
     /// The tensors of a dictionary; other values are left out.
-    pub fn described(&self, dict: usize) -> Result<Vec<(&str, Described)>> {
+    pub fn described(&self, dict: usize) -> Result<Vec<(&str, Described<'_>)>> {
         let Value::Dict(all) = &self.all[dict] else { return Ok(Vec::new()) };
         let mut found = Vec::new();
         for (key, value) in all {
@@ -69,7 +75,7 @@ impl Values {
             if let Some(arguments) = self.tensor(*value, name)? {
                 let described = self.describe(arguments);
                 let malformed = || Problem::Broken(format!("tensor `{name}` is malformed"));
-                found.push((name.as_str(), described.ok_or_else(malformed)?));
+                found.push((&**name, described.ok_or_else(malformed)?));
             }
         }
         Ok(found)
@@ -85,7 +91,7 @@ impl Values {
             else {
                 return Ok(None);
             };
-            match (module.as_str(), class.as_str()) {
+            match (&**module, &**class) {
                 ("torch._utils", "_rebuild_tensor_v2") => return Ok(Some(arguments)),
                 ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") => {
                     value = *arguments.first().ok_or_else(malformed)?;
@@ -97,7 +103,7 @@ impl Values {
                     else {
                         return Err(malformed());
                     };
-                    return match class.as_str() {
+                    return match &**class {
                         "_rebuild_tensor_v2" => Ok(Some(inner)),
                         _ => Err(malformed()),
                     };
@@ -109,7 +115,7 @@ impl Values {
     }
 
     /// Arguments: storage, offset, size, stride, …; a storage is the persistent `("storage", class, key, place, count)`.
-    fn describe(&self, arguments: &[usize]) -> Option<Described> {
+    fn describe(&self, arguments: &[usize]) -> Option<Described<'_>> {
         let [storage, offset, size, stride, ..] = arguments else { return None };
         let Value::Persistent(storage) = &self.all[*storage] else { return None };
         let Value::Sequence(storage) = &self.all[*storage] else { return None };
@@ -119,7 +125,7 @@ impl Values {
         };
         let (size, stride) = (self.sizes(*size)?, self.sizes(*stride)?);
         let offset = self.size(*offset)?;
-        let described = Described { class: class.clone(), key: key.clone(), offset, size, stride };
+        let described = Described { class, key, offset, size, stride };
         (described.size.len() == described.stride.len() && described.size.len() <= 8).then_some(described)
     }
 
@@ -152,6 +158,7 @@ impl Values {
                         _ => memo.len() as u32,
                     };
                     memo.insert(key, machine.top()?);
+                    within(memo.len())?;
                 }
                 b'h' | b'j' => {
                     let key = match code {
@@ -163,8 +170,16 @@ impl Values {
                 }
                 code => machine.step(code)?,
             }
+            within(machine.all.len())?;
         };
         Ok(Self { all: machine.all, root })
+    }
+}
+
+fn within(count: usize) -> Result<()> {
+    match count > MAX_VALUES {
+        true => broken(format!("its pickle has more than {MAX_VALUES} values")),
+        false => Ok(()),
     }
 }
 
@@ -191,14 +206,16 @@ impl<'a> Machine<'a> {
         self.take(N)?.try_into().or_else(broken)
     }
 
-    fn text(&mut self, count: usize) -> Result<String> {
-        String::from_utf8(self.take(count)?.to_vec()).or_else(broken)
+    fn text(&mut self, count: usize) -> Result<&'a str> {
+        std::str::from_utf8(self.take(count)?).or_else(broken)
     }
 
-    fn line(&mut self) -> Result<String> {
+    fn line(&mut self) -> Result<Rc<str>> {
         let end = self.bytes.iter().position(|b| *b == b'\n').ok_or_else(|| damaged("it is cut short"))?;
-        let line = self.text(end + 1)?;
-        Ok(line.trim_end_matches(['\r', '\n']).to_owned())
+        match self.text(end + 1)?.trim_end_matches(['\r', '\n']) {
+            line if line.len() <= MAX_NAME => Ok(line.into()),
+            _ => Err(damaged("a class has a name without end")),
+        }
     }
 
     fn push(&mut self, value: Value) {
@@ -345,7 +362,7 @@ impl<'a> Machine<'a> {
                 let dict = matches!(
                     &self.all[pair[0]],
                     Value::Class(module, name)
-                        if module == "collections" && ["OrderedDict", "defaultdict"].contains(&name.as_str())
+                        if **module == *"collections" && ["OrderedDict", "defaultdict"].contains(&&**name)
                 );
                 self.push(if dict { Value::Dict(Vec::new()) } else { Value::Call(pair[0], pair[1]) });
             }
@@ -358,7 +375,7 @@ impl<'a> Machine<'a> {
 
     fn string(&mut self, code: u8, count: usize) -> Result<()> {
         let value = match code {
-            b'X' | 0x8c => Value::Text(self.text(count)?),
+            b'X' | 0x8c if count <= MAX_NAME => Value::Text(self.text(count)?.into()),
             _ => {
                 self.take(count)?;
                 Value::Other

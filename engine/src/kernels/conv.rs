@@ -31,7 +31,7 @@ impl Geometry {
 
     /// Positions.
     pub fn positions(&self) -> usize {
-        self.places[0] * self.places[1]
+        self.places[0].saturating_mul(self.places[1])
     }
 
     /// Calls `f` with each row of these positions that lies within the image for a tap: place in the image, number of the first
@@ -77,14 +77,15 @@ impl Conv {
     /// Takes weights `[out, channels, kernel]` and a bias per output channel.
     pub fn new(geometry: Geometry, weights: &[f32], bias: Vec<f32>) -> Self {
         let out = bias.len();
-        let cost = geometry.taps() / geometry.channels.max(1) * gemm::padded(geometry.positions());
+        let cost =
+            (geometry.kernel[0] * geometry.kernel[1]).saturating_mul(gemm::padded(geometry.positions()));
         let same = geometry.kernel == [3, 3]
             && geometry.stride == [1, 1]
             && geometry.margin == [1, 1]
             && geometry.image == geometry.places;
         // The transforms cost as much as some channels.
         let few = out < 8 || geometry.channels < 8;
-        let method = if same && !few && 4 * Winograd::cost(geometry.image) < 3 * cost {
+        let method = if same && !few && 4 * Winograd::cost(geometry.image) < cost.saturating_mul(3) {
             Method::Winograd(Winograd::new(weights, [out, geometry.channels], geometry.image))
         } else {
             Method::Columns(Left::pack(out, geometry.taps(), weights))
@@ -96,7 +97,9 @@ impl Conv {
     pub fn scratch(&self) -> usize {
         match &self.method {
             Method::Winograd(winograd) => winograd.scratch(),
-            Method::Columns(left) => (left.depth() + 1) * gemm::padded(self.geometry.positions()),
+            Method::Columns(left) => {
+                (left.depth() + 1).saturating_mul(gemm::padded(self.geometry.positions()))
+            }
         }
     }
 
@@ -156,7 +159,8 @@ impl ConvTranspose {
 
     /// Floats of scratch memory.
     pub fn scratch(&self) -> usize {
-        (self.left.depth() + 1 + self.left.rows()) * gemm::padded(self.geometry.positions())
+        let rows = self.left.depth() + 1 + self.left.rows();
+        rows.saturating_mul(gemm::padded(self.geometry.positions()))
     }
 
     /// One image: `x` is `[input, places]`, `out` `[channels, image]`.

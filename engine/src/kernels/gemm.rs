@@ -100,7 +100,7 @@ pub fn width() -> usize {
 
 /// Columns with those that fill the last panel.
 pub fn padded(columns: usize) -> usize {
-    columns.next_multiple_of(width())
+    columns.checked_next_multiple_of(width()).unwrap_or(columns)
 }
 
 /// Packs a right matrix into panels. `fill` writes a range of columns of row `k`, to memory that is zero in the first call and else
