@@ -165,10 +165,11 @@ def compare(name, scratch, options, about):
                     f"{len(pairs)} runs; processor time {cpu * 1000:.2f} ms",
                     flush=True,
                 )
-            about["times"][f"{name}_b{batch}_{threads}t"] = times
+            case = f"b{batch}_{threads}t_{name}"
+            about["times_ms"][case] = {who: [round(wall * 1000, 3) for wall, _ in pairs] for who, pairs in times.items()}
+            about["medians_ms"][case] = {who: [round(seconds * 1000, 3) for seconds in both] for who, both in medians.items()}
             for a, b in PAIRS:
                 if b in medians:
-                    case = f"b{batch}_{threads}t_{name}"
                     figures[f"{a}_vs_{b}_{case}"] = (medians[a][0] / medians[b][0], LIMITS.get((a, b, batch)))
                     figures[f"cpu_{a}_vs_{b}_{case}"] = (medians[a][1] / medians[b][1], None)
     return figures
@@ -229,14 +230,14 @@ def main():
 
     library()
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
-    about = provenance.about("bench-runtimes", **versions) | {"times": {}}
+    about = provenance.about("bench-runtimes", **versions) | {"medians_ms": {}, "times_ms": {}}
     figures = starts(about)
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.networks.split(","):
             figures |= compare(name, pathlib.Path(scratch), options, about)
     about["figures"] = {name: value for name, (value, _) in figures.items()}
     if options.json:
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
+        options.json.write_text(json.dumps(about) + "\n")
     for name, (value, limit) in figures.items():
         wanted = f"  # wanted: at most {limit:.4g}" if limit is not None and value > limit else ""
         print(f"figure {name} {value:.4g}{wanted}")
