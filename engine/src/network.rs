@@ -171,6 +171,11 @@ impl Network {
         for (place, input) in self.inputs.iter().zip(inputs) {
             buffers[place.buffer][..place.len].copy_from_slice(input);
         }
+        crate::parallel::awake(|| self.steps(buffers, scratch))?;
+        Ok(self.outputs.iter().map(|(place, _)| &buffers[place.buffer][..place.len]).collect())
+    }
+
+    fn steps(&self, buffers: &mut [Vec<f32>], scratch: &mut [f32]) -> Result<()> {
         for placed in &self.steps {
             let Place { buffer, len } = placed.output;
             let mut out = std::mem::take(&mut buffers[buffer]);
@@ -192,7 +197,7 @@ impl Network {
             done.map_err(|problem| Error::Graph(format!("node `{node}`: {problem}")))?;
             buffers[buffer] = out;
         }
-        Ok(self.outputs.iter().map(|(place, _)| &buffers[place.buffer][..place.len]).collect())
+        Ok(())
     }
 
     /// The same on the calling thread alone: for runs beside each other, one on every thread of a pool.

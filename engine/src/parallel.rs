@@ -27,6 +27,45 @@ pub fn alone<T>(f: impl FnOnce() -> T) -> T {
     f()
 }
 
+/// Runs `f`, a network, while the pool's other threads look for its work and do not go to sleep: waking them takes longer than
+/// most kernels. At most one network at a time keeps them awake, so that none can wait for another.
+#[cfg(feature = "threads")]
+pub fn awake<T: Send>(f: impl FnOnce() -> T + Send) -> T {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    /// Set when it is dropped, after a panic too.
+    struct Done<'a>(&'a AtomicBool, bool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(self.1, Ordering::Release);
+        }
+    }
+    let alone = ALONE.get() || rayon::current_num_threads() == 1;
+    let Some(own) = rayon::current_thread_index().filter(|_| !alone) else { return f() };
+    if TAKEN.swap(true, Ordering::AcqRel) {
+        return f();
+    }
+    let _free = Done(&TAKEN, false);
+    let done = AtomicBool::new(false);
+    rayon::scope(|scope| {
+        scope.spawn_broadcast(|_, thread| {
+            while thread.index() != own && !done.load(Ordering::Acquire) {
+                if rayon::yield_now() == Some(rayon::Yield::Idle) {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        let _done = Done(&done, true);
+        f()
+    })
+}
+
+/// `f`, where there is one thread.
+#[cfg(not(feature = "threads"))]
+pub fn awake<T>(f: impl FnOnce() -> T) -> T {
+    f()
+}
+
 /// In how many parts a kernel with so many multiply-adds is done.
 pub fn parts(work: usize) -> usize {
     #[cfg(feature = "threads")]
