@@ -31,6 +31,7 @@ NETWORKS = {"bundled": "small", "3m": "3m", "ddpm-cifar10": "ddpm-cifar10"}
 LEAST_ROUNDS = 7
 MOST_ROUNDS = 300
 WARM_UP = 3
+PAUSE = 0.03  # seconds, until the threads of the row before, which wait busily for more work, have gone to sleep
 STARTS = 15
 PAIRS = [
     *[("ort", other) for other in ("pyort", "pyort_ours", "eager", "compile")],
@@ -128,6 +129,7 @@ def alternate(runs, seconds):
         if index >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
             break
         for name in order:
+            time.sleep(PAUSE)
             times[name].append(runs[name]())
         order.reverse()
     return times
