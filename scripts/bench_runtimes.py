@@ -31,7 +31,6 @@ NETWORKS = {"bundled": "small", "3m": "3m", "ddpm-cifar10": "ddpm-cifar10"}
 LEAST_ROUNDS = 7
 MOST_ROUNDS = 300
 WARM_UP = 3
-PAUSE = 0.03  # seconds, until the threads of the row before, which wait busily for more work, have gone to sleep
 STARTS = 15
 PAIRS = [
     *[("ort", other) for other in ("pyort", "pyort_ours", "eager", "compile")],
@@ -118,7 +117,7 @@ def torch_runs(module, feed, compiled):
     return runs
 
 
-def alternate(runs, seconds):
+def alternate(runs, seconds, pause):
     """Wall and processor seconds of every evaluation, by row."""
     for _ in range(WARM_UP):
         for run in runs.values():
@@ -129,7 +128,7 @@ def alternate(runs, seconds):
         if index >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
             break
         for name in order:
-            time.sleep(PAUSE)
+            time.sleep(pause)
             times[name].append(runs[name]())
         order.reverse()
     return times
@@ -154,7 +153,7 @@ def compare(name, scratch, options, about):
             runs = {who: Waiting(provider, ours, threads, batch) for who, provider in PROVIDERS.items()}
             runs |= {"pyort": session(naive, threads, feed), "pyort_ours": session(ours, threads, feed)}
             runs |= torch_runs(module, feed, options.compile)
-            times = alternate(runs, options.seconds)
+            times = alternate(runs, options.seconds, options.pause / 1000)
             for run in runs.values():
                 run.close()
             medians = {who: [statistics.median(t[i] for t in pairs) for i in (0, 1)] for who, pairs in times.items()}
@@ -218,6 +217,10 @@ def main():
     parser.add_argument("--batches", type=numbers, default=[1, 16], help="batch sizes [default: 1,16]")
     parser.add_argument("--threads", type=numbers, default=[1, 2], help="threads [default: 1,2]")
     parser.add_argument("--seconds", type=float, default=30, help="per network, threads and batch [default: 30]")
+    parser.add_argument(
+        "--pause", type=float, default=30, metavar="MS",
+        help="before each evaluation, until threads of the row before, which wait busily for more work, sleep [default: 30]",
+    )
     parser.add_argument("--exporter", choices=["torchscript", "dynamo"], default="torchscript", help="PyTorch's, for `pyort`")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="file for the raw times")
