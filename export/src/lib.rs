@@ -24,6 +24,7 @@ pub mod tensors;
 pub mod verify;
 pub mod weights;
 
+mod convolution;
 mod error;
 pub use array::Array;
 pub use dmd_core::card::Kind;

@@ -103,6 +103,8 @@ pub fn export_in(checkpoint: &Checkpoint, kind: Kind, form: &Form) -> Result<Exp
     check_kind(checkpoint, kind)?;
     check_form(kind, form)?;
     let mut exporter = Exporter::new(&checkpoint.weights);
+    // Runtimes have 8-bit kernels for Conv, none for ConvTranspose.
+    exporter.enlarging = form.precision != Precision::Qdq;
     let outputs = outputs(&mut exporter, checkpoint, kind, form)?;
     let mut finished = exporter.graph.finish(&outputs, form.batch);
     let parameters = Parameters { reads: exporter.reads(), stored: &exporter.stored };

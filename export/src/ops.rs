@@ -401,36 +401,6 @@ impl Ops for Exporter<'_> {
 }
 
 impl Exporter<'_> {
-    /// A convolution whose weight is stored as `[out, in, kernel, kernel]`, read from `weight_shape`.
-    fn convolution(&mut self, x: &Flow, name: &str, spec: Conv2d, weight_shape: &[usize]) -> Result<Value> {
-        let Conv2d { in_channels, out_channels, kernel, stride, padding } = spec;
-        let (h, w) = match x.shape[..] {
-            [c, h, w] if c == in_channels => (h, w),
-            _ => return Err(wrong_shape(name, &x.shape, &format!("[{in_channels}, h, w]"))),
-        };
-        let [top, left, bottom, right] = padding;
-        let size = |n: usize, before: usize, after: usize| {
-            let room = (n + before + after).checked_sub(kernel);
-            room.map(|room| room / stride + 1).ok_or_else(|| wrong_shape(name, &x.shape, "a larger image"))
-        };
-        let (h, w) = (size(h, top, bottom)?, size(w, left, right)?);
-        let stored = [out_channels, in_channels, kernel, kernel];
-        let weight = self.parameter(&format!("{name}.weight"), weight_shape, &stored)?;
-        let bias = self.parameter(&format!("{name}.bias"), &[out_channels], &[out_channels])?;
-        let edge = self.graph.push(Node {
-            op: "Conv",
-            name: name.into(),
-            inputs: vec![x.edge, weight, bias],
-            attributes: vec![
-                ("kernel_shape", Attribute::Ints(vec![kernel as i64; 2])),
-                ("pads", Attribute::Ints(padding.map(|p| p as i64).to_vec())),
-                ("strides", Attribute::Ints(vec![stride as i64; 2])),
-            ],
-            macs: (stored.iter().product::<usize>() * h * w) as u64,
-        });
-        Ok(flow(edge, &[out_channels, h, w]))
-    }
-
     /// A value per channel in the shape `[n, c, 1, 1]`, for an operation with `x`.
     fn at_every_pixel(&mut self, name: &str, value: &Value, x: &Flow) -> Result<Edge> {
         let c = x.shape.first().copied().unwrap_or(0);
@@ -449,35 +419,6 @@ impl Exporter<'_> {
                 Ok(self.graph.node("Unsqueeze", name, &[v.edge, axes]))
             }
             Value::Flow(v) => Err(wrong_shape(name, &v.shape, &format!("[{c}]"))),
-        }
-    }
-
-    /// A value with `bias` added per channel, where that can merge into a convolution: the value is one, or a sum with one, of
-    /// which nothing else in a network reads the part without the bias.
-    fn merged(&mut self, edge: Edge, bias: &Array) -> Result<Option<Edge>> {
-        if let Some((mut conv, name, own)) = self.convolution_of(edge) {
-            let sum = own.zip_rows(bias, |a, b| a + b)?;
-            conv.inputs[2] = self.graph.constant(&name, Data::Float(sum));
-            return Ok(Some(self.graph.push(conv)));
-        }
-        let Some(mut sum) = self.graph.producer(edge).filter(|node| node.op == "Add").cloned() else {
-            return Ok(None);
-        };
-        for place in 0..sum.inputs.len() {
-            if let Some(part) = self.merged(sum.inputs[place], bias)? {
-                sum.inputs[place] = part;
-                return Ok(Some(self.graph.push(sum)));
-            }
-        }
-        Ok(None)
-    }
-
-    /// The convolution behind a value with its bias, if it is one.
-    fn convolution_of(&self, edge: Edge) -> Option<(Node, String, Array)> {
-        let node = self.graph.producer(edge).filter(|node| node.op == "Conv")?;
-        match self.graph.value(*node.inputs.get(2)?)? {
-            (name, Data::Float(bias)) => Some((node.clone(), name.clone(), bias.clone())),
-            _ => None,
         }
     }
 

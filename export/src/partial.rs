@@ -45,6 +45,8 @@ pub struct Exporter<'a> {
     pub graph: Graph,
     /// Parameters that were stored, not folded away.
     pub stored: BTreeSet<String>,
+    /// Whether a convolution of an enlarged image becomes one of the small image, see `convolution.rs`.
+    pub enlarging: bool,
     pub(crate) evaluate: Evaluate<'a>,
     class: Option<Edge>,
 }
@@ -60,7 +62,7 @@ impl<'a> Exporter<'a> {
     /// Starts with an empty graph.
     pub fn new(weights: &'a BTreeMap<String, Array>) -> Self {
         let evaluate = Evaluate::new(weights);
-        Self { graph: Graph::default(), stored: BTreeSet::new(), evaluate, class: None }
+        Self { graph: Graph::default(), stored: BTreeSet::new(), enlarging: true, evaluate, class: None }
     }
 
     /// Declares a f32 input `[n, shape…]`.

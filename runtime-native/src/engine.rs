@@ -12,6 +12,10 @@ use crate::{Error, Result};
 /// What messages call it.
 pub(crate) const NAME: &str = "dmd-engine";
 
+/// Multiply-adds of an image, about 4 milliseconds, below which threads do not share it: what they save is little, and is lost many times
+/// over where another program holds a core that one of them waits for.
+const WORTH_SHARING: u64 = 100_000_000;
+
 /// A network for as many images as one call takes.
 pub(crate) struct Own {
     network: Network,
@@ -19,6 +23,7 @@ pub(crate) struct Own {
     workspaces: Mutex<Vec<Workspace>>,
     name: String,
     roles: Vec<Option<Role>>,
+    shares: bool,
 }
 
 impl Own {
@@ -41,13 +46,15 @@ impl Own {
             return Err(Error::File { name: info.name.clone(), problem });
         }
         let roles = info.inputs.iter().map(|port| port.role).collect();
-        Ok(Self { network, workspaces: Mutex::default(), name: info.name.clone(), roles })
+        let macs = info.card.as_ref().map_or(WORTH_SHARING, |card| card.macs);
+        let shares = macs.saturating_mul(batch as u64) >= WORTH_SHARING;
+        Ok(Self { network, workspaces: Mutex::default(), name: info.name.clone(), roles, shares })
     }
 }
 
 impl embedded::Network for Own {
     fn shares(&self) -> bool {
-        true
+        self.shares
     }
 
     fn run(&self, batch: &Batch, threads: Threads) -> Result<Vec<f32>> {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use prost::Message;
+use tract_linalg::multithread::{Executor, multithread_tract_scope};
 use tract_onnx::pb::ModelProto;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::optim::Optimizer;
@@ -86,11 +87,16 @@ impl Tract {
 
 impl embedded::Network for Tract {
     fn shares(&self) -> bool {
-        false
+        true
     }
 
-    fn run(&self, batch: &Batch, _: Threads) -> Result<Vec<f32>> {
-        guarded(|| self.evaluate(batch).map_err(in_full)).map_err(|e| failed(&self.name, e))
+    fn run(&self, batch: &Batch, threads: Threads) -> Result<Vec<f32>> {
+        let executor = match threads {
+            Threads::One => Executor::SingleThread,
+            Threads::All => Executor::RayonGlobal, // the pool that this thread is of
+        };
+        let evaluate = || multithread_tract_scope(executor, || self.evaluate(batch));
+        guarded(|| evaluate().map_err(in_full)).map_err(|e| failed(&self.name, e))
     }
 }
 

@@ -85,17 +85,27 @@ impl Pool {
     /// Any number of images.
     pub fn run(&self, x: &[f32], out: &mut [f32]) {
         let ([h, w], [rows, columns], [kh, kw]) = (self.image, self.places, self.kernel);
-        for (x, out) in x.chunks_exact(h * w).zip(out.chunks_exact_mut(rows * columns)) {
-            for (i, out) in out.iter_mut().enumerate() {
-                let (top, left) = (i / columns * self.stride[0], i % columns * self.stride[1]);
-                let window = (0..kh).flat_map(|y| &x[(top + y) * w + left..][..kw]).copied();
-                *out = if self.max {
-                    window.fold(f32::NEG_INFINITY, f32::max)
-                } else {
-                    window.sum::<f32>() / (kh * kw) as f32
-                };
+        let parts = parallel::parts(MOVING * kh * kw * out.len());
+        let images = x.chunks_exact(h * w).zip(out.chunks_exact_mut(rows * columns));
+        parallel::each(parts, images, |(x, out)| {
+            for (i, out) in out.chunks_exact_mut(columns).enumerate() {
+                out.fill(if self.max { f32::NEG_INFINITY } else { 0.0 });
+                for (y, left) in (0..kh).flat_map(|y| (0..kw).map(move |left| (y, left))) {
+                    let x = &x[(i * self.stride[0] + y) * w + left..];
+                    let step = self.stride[1];
+                    match (self.max, step) {
+                        (false, 1) => out.iter_mut().zip(x).for_each(|(to, x)| *to += x),
+                        (false, _) => out.iter_mut().zip(x.iter().step_by(step)).for_each(|(to, x)| *to += x),
+                        (true, _) => {
+                            out.iter_mut().zip(x.iter().step_by(step)).for_each(|(to, x)| *to = to.max(*x));
+                        }
+                    }
+                }
+                if !self.max {
+                    out.iter_mut().for_each(|to| *to /= (kh * kw) as f32);
+                }
             }
-        }
+        });
     }
 }
 
