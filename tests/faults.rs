@@ -312,6 +312,34 @@ fn a_full_disk_is_an_error_and_loses_nothing() -> Result<()> {
     Ok(())
 }
 
+/// The work is done all the same, and a refusal keeps its exit code.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_behind_the_log_stops_nothing() -> Result<()> {
+    let shell = "exec \"$0\" \"$@\" 2>/dev/full";
+    for stage in stages()? {
+        let folder = tempfile::tempdir()?;
+        let cwd = folder.path();
+        stage.prepare(cwd)?;
+        let done = under(shell, &stage, cwd)?;
+        ensure!(done.code == Some(0), "{}: {done:?}", stage.name);
+        let got = stage.results(cwd)?;
+        stage.prepare(cwd)?;
+        ensure!(stage.run(cwd)?.code == Some(0));
+        same(&stage, cwd, &got)?;
+    }
+    let folder = tempfile::tempdir()?;
+    for (arguments, code) in
+        [(&["--count", "2", "-o", "x.png"][..], 0), (&["missing.onnx", "-o", "y.png"], 2)]
+    {
+        let mut command = Command::new("sh");
+        command.args(["-c", shell]).arg(binary("dmd-run")?).args(arguments).current_dir(folder.path());
+        let done = command.stdin(Stdio::null()).output()?;
+        ensure!(done.status.code() == Some(code), "{arguments:?}: {done:?}");
+    }
+    Ok(())
+}
+
 /// A read-only folder is said to be one, before any work. Root may write everywhere, so a read-only mount stands in for it.
 #[test]
 #[cfg(target_os = "linux")]

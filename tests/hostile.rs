@@ -43,7 +43,7 @@ fn refused(what: &str, bytes: &[u8], says: &str) -> Result<()> {
 
 /// Panics of tract are caught and become errors; their backtraces would cost more than the work.
 fn without_backtraces() {
-    std::panic::set_hook(Box::new(|info| eprintln!("{info}")));
+    std::panic::set_hook(Box::new(|info| println!("{info}")));
 }
 
 /// A model of 1x4x4 images from `z` to `y`.

@@ -8,6 +8,16 @@ use clap::{Arg, ArgMatches, Command, Parser};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
+/// Writes a line to stderr as `eprintln!` does, but goes on where that fails: a full disk behind a log, or a reader that has
+/// ended, is no reason to lose the work.
+#[macro_export]
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($text)*);
+    }};
+}
+
 const OPTION: &str = "generate";
 const MANUAL: &str = "man";
 const SHELLS: [(&str, Shell); 5] = [
@@ -26,7 +36,7 @@ pub fn parse<P: Parser>() -> P {
     if let Some(text) = generated(&mut command, &matches) {
         exit(match std::io::stdout().write_all(&text) {
             Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-                eprintln!("error: cannot write to stdout: {error}");
+                say!("error: cannot write to stdout: {error}");
                 2
             }
             _ => 0,

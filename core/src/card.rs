@@ -250,6 +250,26 @@ mod tests {
         assert_eq!([0, 1, 2, 3, 7, u64::MAX].map(|k| classes.of_image(k)), [0, 1, 2, 0, 1, 0]);
     }
 
+    fn unnamed() -> Provenance {
+        serde_json::from_str(r#"{"name":"x"}"#).unwrap()
+    }
+
+    #[test]
+    fn classes_are_compared_with_the_class_table() {
+        let fits = |count: usize, names: &[&str], none: Option<usize>, rows: Option<usize>| {
+            let names = names.iter().map(|name| (*name).to_owned()).collect();
+            let classes = Some(Classes { count, names, none });
+            Provenance { classes, ..unnamed() }.check_classes(rows).is_ok()
+        };
+        assert!(fits(2, &["a", "b"], Some(2), Some(3)) && fits(3, &[], None, Some(3)));
+        assert!(unnamed().check_classes(None).is_ok());
+        assert!(!fits(2, &[], None, None), "a network without classes");
+        assert!(
+            !fits(0, &[], None, Some(3)) && !fits(4, &[], None, Some(3)) && !fits(2, &[], Some(3), Some(3))
+        );
+        assert!(!fits(2, &["a"], None, Some(3)) && !fits(2, &["a", "b", "c"], None, Some(3)));
+    }
+
     #[test]
     fn images_have_a_size_within_bounds() {
         let card = |size: usize, range: &str| {

@@ -54,3 +54,27 @@ impl GoldenInfo {
         Ok(info)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_noise_and_count_are_checked() {
+        let info = |version: u32, noise: &str, count: usize| {
+            let text = format!(
+                r#"{{"golden_version":{version},"name":"x","kind":"generator","sha256":"","seed":0,"count":{count},
+                "noise":"{noise}","created_by":"x"}}"#
+            );
+            GoldenInfo::from_json(&text).map(|info| info.count).map_err(|e| e.to_string())
+        };
+        assert_eq!(info(1, noise::CONTRACT, 3), Ok(3));
+        for (got, key) in [
+            (info(2, noise::CONTRACT, 3), "golden_version"),
+            (info(1, "dmd-noise-0", 3), "noise"),
+            (info(1, noise::CONTRACT, 0), "count"),
+        ] {
+            assert!(got.clone().is_err_and(|e| e.contains(&format!("got `{key}`"))), "{key}: {got:?}");
+        }
+    }
+}

@@ -92,6 +92,14 @@ mod tests {
         assert_ne!(bits(42, 7, 4), bits(43, 7, 4));
     }
 
+    /// The first values of `docs/noise.md`.
+    #[test]
+    fn the_contract_does_not_change() {
+        let mut out = [0.0; 4];
+        standard_normal(42, 0, &mut out);
+        assert_eq!(out.map(f32::to_bits), [0xbf9f_0f7e, 0x3fe0_0e0f, 0xbefa_dfbf, 0x4009_74d8]);
+    }
+
     #[test]
     fn every_step_has_noise_of_its_own() {
         let fresh = |step: usize| {

@@ -248,6 +248,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn image_and_noise_lie_on_the_trajectory() {
+        for prediction in ["epsilon", "sample", "v_prediction"] {
+            for clip in [true, false] {
+                let text = format!(r#"{{"prediction_type":"{prediction}","clip_sample":{clip}}}"#);
+                let s = schedule(&text);
+                let path = Trajectory::new(&s, Sampler::Ddim, 20, [-1.0, 1.0]).unwrap();
+                let level = Level { t: 300, alpha: s.alpha_t(300), sigma: s.sigma_t(300) };
+                let x0 = path.x0(level, 0.9, 0.4);
+                let x_t = level.alpha as f32 * x0 + level.sigma as f32 * path.eps(level, 0.9, 0.4, x0);
+                assert!((x_t - 0.9).abs() < 1e-6, "{prediction}, {clip}: {x_t}");
+            }
+        }
+    }
+
     /// For data N(0, s²) the network is linear and the flow is known: `x_T·s/sqrt(alpha_T²·s² + sigma_T²)`.
     #[test]
     fn heun_is_closer_to_the_flow_than_ddim() {

@@ -181,7 +181,7 @@ fn run_distillation(
     if !team.leads() {
         return Ok(());
     }
-    eprintln!(
+    dmd_cli::say!(
         "generator: {}\npictures:  {}, {}\nnext:      dmd-export model.onnx --from {}",
         folder.display(),
         run.path("comparison.png").display(),
@@ -196,7 +196,7 @@ fn announce(run: &Run, target: &Device, team: &Team) -> Result<Team> {
     progress::handle_interrupts();
     let ranks = if team.size() > 1 { format!("{} ranks, each ", team.size()) } else { String::new() };
     if team.leads() {
-        eprintln!("run {}, {ranks}on {}", run.folder.display(), device::name(target));
+        dmd_cli::say!("run {}, {ranks}on {}", run.folder.display(), device::name(target));
     }
     team.clone().connect(target)
 }
@@ -209,7 +209,9 @@ fn describe(options: &DistillOptions, base: &Checkpoint) -> Result<String> {
     }
     let mut shown = serde_json::to_value(options).map_err(problem)?;
     if let Some(shown) = shown.as_object_mut() {
-        eprintln!("the weights were not loaded: `base_sha256` and the default `pairs_dir` depend on them");
+        dmd_cli::say!(
+            "the weights were not loaded: `base_sha256` and the default `pairs_dir` depend on them"
+        );
         shown.remove("base_sha256");
         if options.pairs_dir.ends_with(options.pairs(base).folder_name()) {
             shown.remove("pairs_dir");
@@ -243,7 +245,7 @@ fn estimate(options: &DistillOptions, base: &Checkpoint, target: &Device) -> Res
     let [program, weights, activations] = memory(&summary, cost.kept * options.batch as f64, target.is_cpu());
     let grids = options.all_steps().div_ceil(options.sample_every) as f64 * options.samples as f64;
     let pictures = (grids + options.samples.min(20) as f64 * TEACHER_STEPS as f64) * seconds;
-    eprintln!(
+    dmd_cli::say!(
         "parameters {}, {} million multiply-adds per image\n\
          memory about {:.1} GB: {:.1} for weights, moments, averages and copies, {:.1} for a batch on its way back\n\
          one image through the network: {:.2} ms on {}\n\
@@ -339,7 +341,7 @@ pub fn teacher(args: &TeacherArgs, team: &Team) -> Result<()> {
         team.report(&run)?;
     }
     if team.leads() {
-        eprintln!("base: {}\nnext: dmd-distill --base {}", folder.display(), folder.display());
+        dmd_cli::say!("base: {}\nnext: dmd-distill --base {}", folder.display(), folder.display());
     }
     Ok(())
 }
@@ -387,7 +389,7 @@ pub fn pairs(args: &PairsArgs, team: &Team) -> Result<bool> {
     if team.size() > 1 {
         pairs::fill_together(&folder, &options, &checkpoint, args.count, &target, team).map_err(again)?;
         if team.leads() {
-            eprintln!("{} pairs by {} ranks in {}", args.count, team.size(), folder.display());
+            dmd_cli::say!("{} pairs by {} ranks in {}", args.count, team.size(), folder.display());
         }
         return Ok(true);
     }
@@ -397,7 +399,7 @@ pub fn pairs(args: &PairsArgs, team: &Team) -> Result<bool> {
         Share::ALL => String::new(),
         Share { index, of } => format!(" of share {index}/{of}"),
     };
-    eprintln!("{count} pairs{share} in {}", folder.display());
+    dmd_cli::say!("{count} pairs{share} in {}", folder.display());
     Ok(true)
 }
 
@@ -443,7 +445,7 @@ pub fn sample(args: &SampleArgs) -> Result<()> {
         shown.extend(images(&x, checkpoint.config.range())?);
     }
     save_grid(&args.output, &shown, 10, 2)?;
-    eprintln!("{} images in {}", shown.len(), args.output.display());
+    dmd_cli::say!("{} images in {}", shown.len(), args.output.display());
     Ok(())
 }
 

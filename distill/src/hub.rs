@@ -262,7 +262,7 @@ impl hf_hub::api::Progress for Lines {
         (self.file, self.total, self.done) = (file.to_owned(), size, 0);
         if self.printed.is_none() {
             self.printed = Some(Instant::now());
-            eprintln!("downloading {file}, {:.1} MB", size as f64 * 1e-6);
+            dmd_cli::say!("downloading {file}, {:.1} MB", size as f64 * 1e-6);
         }
     }
 
@@ -270,7 +270,12 @@ impl hf_hub::api::Progress for Lines {
         self.done += size;
         if self.printed.is_some_and(|printed| printed.elapsed() >= INTERVAL) {
             self.printed = Some(Instant::now());
-            eprintln!("{}: {:.1} of {:.1} MB", self.file, self.done as f64 * 1e-6, self.total as f64 * 1e-6);
+            dmd_cli::say!(
+                "{}: {:.1} of {:.1} MB",
+                self.file,
+                self.done as f64 * 1e-6,
+                self.total as f64 * 1e-6
+            );
         }
     }
 

@@ -36,7 +36,10 @@ impl Lock {
                 return Err(Error::content(folder, problem));
             }
             Err(TryLockError::Error(e)) => {
-                eprintln!("warning: cannot lock `{}` ({e}): let no other process work there", path.display());
+                dmd_cli::say!(
+                    "warning: cannot lock `{}` ({e}): let no other process work there",
+                    path.display()
+                );
             }
         }
         let owner = format!("process {}{} ({})\n", std::process::id(), host(), command());

@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     let session = match parallel::start(use_of(&cli)) {
         Ok(session) => session,
         Err(error) => {
-            eprintln!("error: {error}");
+            dmd_cli::say!("error: {error}");
             return ExitCode::from(2);
         }
     };

@@ -29,15 +29,15 @@ pub fn handle_interrupts() {
                 std::process::exit(130);
             }
             if !QUIET.load(Ordering::Relaxed) {
-                eprintln!("\nstopping after this step; press Ctrl-C again to stop at once");
+                dmd_cli::say!("\nstopping after this step; press Ctrl-C again to stop at once");
             }
         });
         if let Err(e) = installed {
-            eprintln!("warning: cannot handle Ctrl-C: {e}");
+            dmd_cli::say!("warning: cannot handle Ctrl-C: {e}");
         }
         #[cfg(unix)]
         if let Err(e) = signal_hook::flag::register(signal_hook::consts::SIGUSR1, USER_SIGNAL.clone()) {
-            eprintln!("warning: cannot handle SIGUSR1: {e}");
+            dmd_cli::say!("warning: cannot handle SIGUSR1: {e}");
         }
     });
 }
@@ -85,7 +85,7 @@ impl Progress {
             let elapsed = self.started.elapsed().as_secs_f64();
             let rate = (done - self.first) as f64 / elapsed.max(1e-9);
             let eta = (total - done) as f64 / rate.max(1e-9);
-            eprintln!("{}: {done}/{total}, {rate:.2}/s, eta {eta:.0} s, {message}", self.what);
+            dmd_cli::say!("{}: {done}/{total}, {rate:.2}/s, eta {eta:.0} s, {message}", self.what);
         }
     }
 }

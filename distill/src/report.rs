@@ -200,7 +200,7 @@ fn fonts() {
     ONCE.get_or_init(|| {
         for style in [FontStyle::Normal, FontStyle::Bold] {
             if register_font("sans-serif", style, epaint_default_fonts::UBUNTU_LIGHT).is_err() {
-                eprintln!("warning: the bundled font cannot be read; pictures have no titles");
+                dmd_cli::say!("warning: the bundled font cannot be read; pictures have no titles");
             }
         }
     });

@@ -298,7 +298,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device, team: &Team) 
     let mut ema = Ema::new(options.ema, step, average);
     match &resumed {
         _ if !team.leads() => {}
-        Some(_) => eprintln!("continuing after step {step}"),
+        Some(_) => dmd_cli::say!("continuing after step {step}"),
         None => save_samples(&work, run, options, 0, &ema.tensors)?,
     }
 
@@ -347,7 +347,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device, team: &Team) 
         let rolled_back = matches!(verdict, Verdict::Rollback(_));
         match &verdict {
             Verdict::Fine | Verdict::Best => {}
-            Verdict::Alarm(problem) if team.leads() => eprintln!("\nwarning: step {step}: {problem}"),
+            Verdict::Alarm(problem) if team.leads() => dmd_cli::say!("\nwarning: step {step}: {problem}"),
             Verdict::Alarm(_) => {}
             Verdict::Rollback(problem) => {
                 let Some(best) = run.read_state(BEST)? else {
@@ -357,7 +357,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device, team: &Team) 
                 let then = if collapsed { "and ending there" } else { "at half the learning rate" };
                 if team.leads() {
                     let back = format!("going back to the weights of step {} {then}", best.step);
-                    eprintln!("\nwarning: step {step}: {problem}; {back}");
+                    dmd_cli::say!("\nwarning: step {step}: {problem}; {back}");
                 }
                 work = Distillation::new(options, &base, Start::State(&best.tensors), device)?.shared(team);
                 if best.step <= options.reg_steps && options.matches(step) {
@@ -395,7 +395,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device, team: &Team) 
         return Ok(folder);
     }
     if collapsed {
-        eprintln!("warning: the samples collapsed {} times\n\nhint: {GENTLER}", monitor.rollbacks);
+        dmd_cli::say!("warning: the samples collapsed {} times\n\nhint: {GENTLER}", monitor.rollbacks);
     }
 
     let best = result(run, options, &monitor)?;

@@ -85,7 +85,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            dmd_cli::say!("error: {error:#}");
             let verification = matches!(error.downcast_ref::<Error>(), Some(Error::Verify(_)));
             ExitCode::from(if verification { 1 } else { 2 })
         }
@@ -121,7 +121,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let cannot = || format!("cannot export `{}`", dir.display());
     let checkpoint = Checkpoint::load(&dir).with_context(cannot)?;
     let exported = export_in(&checkpoint, kind, &form).with_context(cannot)?;
-    eprint!("{}", describe(&exported.summary, &dir, out, arguments.dry_run));
+    dmd_cli::say!("{}", describe(&exported.summary, &dir, out, arguments.dry_run).trim_end());
     if !arguments.dry_run {
         let mut files = Vec::new();
         if arguments.golden {
@@ -132,7 +132,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         files.push(File { path: out.clone(), bytes: exported.bytes });
         write(&files, arguments.force)?;
         for file in files.iter().rev() {
-            eprintln!("  wrote {} ({:.2} MB)", file.path.display(), file.bytes.len() as f64 / 1e6);
+            dmd_cli::say!("  wrote {} ({:.2} MB)", file.path.display(), file.bytes.len() as f64 / 1e6);
         }
     }
     if arguments.json {

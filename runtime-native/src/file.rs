@@ -23,7 +23,10 @@ pub struct ModelFile {
     /// The file's messages; their weights are parts of `bytes`.
     pub(crate) model: Model,
     /// Path of the model, if weights lie in other files; they are in `model`, not in `bytes`.
-    #[cfg_attr(not(feature = "ort"), expect(dead_code, reason = "only onnxruntime reads the files again"))]
+    #[cfg_attr(
+        not(any(feature = "ort", feature = "tract")),
+        expect(dead_code, reason = "only onnxruntime and tract read it")
+    )]
     pub(crate) outside: Option<PathBuf>,
 }
 

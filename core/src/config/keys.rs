@@ -23,7 +23,6 @@ impl Keys {
         match self.0.remove(key) {
             None => Ok(()),
             Some(v) if v == expected => Ok(()),
-            Some(v) if v.as_f64().is_some() && v.as_f64() == expected.as_f64() => Ok(()),
             Some(v) => Err(Error::config(key, format!("got {v}, only {expected} is implemented"))),
         }
     }

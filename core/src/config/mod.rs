@@ -190,3 +190,50 @@ impl From<ModelConfig> for Map<String, Value> {
         map
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<ModelConfig> {
+        ModelConfig::from_json(text)
+    }
+
+    #[test]
+    fn ranges_are_those_of_the_reference_experiments() {
+        for (keys, range) in [
+            (r#""_class_name":"UNet2DModel","sample_size":32"#, [-1.0, 1.0]),
+            (r#""_class_name":"ContextUnet","n_feat":8,"n_steps":50"#, [0.0, 1.0]),
+            (r#""_class_name":"CelebaUNet""#, [-1.0, 1.0]),
+        ] {
+            assert_eq!(read(&format!("{{{keys}}}")).unwrap().range(), range, "{keys}");
+        }
+    }
+
+    #[test]
+    fn sizes_of_the_reference_networks_have_bounds() {
+        for (key, good, bad) in [
+            ("sample_size", 4096, [0, 30, 4100]),
+            ("in_channels", 1024, [0, 1025, 1 << 40]),
+            ("channels", 8192, [0, 12, 8200]),
+            ("n_steps", 1 << 20, [0, (1 << 20) + 1, 1 << 40]),
+        ] {
+            let config = |n: u64| read(&format!(r#"{{"_class_name":"CelebaUNet","{key}":{n}}}"#));
+            assert!(config(good).is_ok(), "{key} {good}");
+            for n in bad {
+                let message = config(n).unwrap_err().to_string();
+                assert!(message.contains(&format!("got {n}")) && message.contains(key), "{message}");
+            }
+        }
+    }
+
+    #[test]
+    fn keys_with_one_value_take_no_other() {
+        for (value, good) in [("false", true), ("true", false), ("0", false)] {
+            let done = read(&format!(
+                r#"{{"_class_name":"UNet2DModel","sample_size":32,"center_input_sample":{value}}}"#
+            ));
+            assert_eq!(done.is_ok(), good, "{value}: {done:?}");
+        }
+    }
+}

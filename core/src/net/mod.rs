@@ -350,3 +350,20 @@ impl OneStep {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frequencies_fall_from_1_to_a_ten_thousandth() {
+        let spec = |freq_shift: f64| TimestepEmbedding { features: 6, flip_sin_to_cos: false, freq_shift };
+        for (shift, expected) in
+            [(1.0, [1.0, 1e-2, 1e-4]), (0.0, [1.0, 1e4f64.powf(-1.0 / 3.0), 1e4f64.powf(-2.0 / 3.0)])]
+        {
+            let got = spec(shift).frequencies();
+            assert_eq!(got.len(), 3);
+            assert!(got.iter().zip(expected).all(|(got, want)| (got / want - 1.0).abs() < 1e-12), "{got:?}");
+        }
+    }
+}

@@ -69,7 +69,7 @@ pub fn run(args: &ClassifierArgs) -> Result<()> {
         data.check_labels(classes.len(), "classifier")?;
     }
     handle_interrupts();
-    eprintln!("on {}", device::name(&device));
+    dmd_cli::say!("on {}", device::name(&device));
     let started = Instant::now();
     let config = ClassifierConfig::new(train.shape, classes.len())?;
     let weights = fit(args, &config, &train, &device)?;
@@ -88,7 +88,7 @@ pub fn run(args: &ClassifierArgs) -> Result<()> {
     let accuracy = accuracy(&classifier, &test, &device)?;
     classifier.card.metrics.insert("test_accuracy".to_owned(), json!(accuracy));
     classifier.save(&args.out)?;
-    eprintln!(
+    dmd_cli::say!(
         "classifier: {}, {:.2} % of the test images right, {:.0} s",
         args.out.display(),
         100.0 * accuracy,

@@ -89,7 +89,7 @@ fn fashion_file(folder: Option<&Path>, stem: &str, sha256: &str) -> Result<(Path
 /// `stem`.gz from below the address `base`, kept in the folder `cache` if its content is the expected one.
 fn fetch(base: &str, cache: &Path, stem: &str, sha256: &str) -> Result<(PathBuf, Vec<u8>)> {
     let (url, path) = (format!("{}/{stem}.gz", base.trim_end_matches('/')), cache.join(format!("{stem}.gz")));
-    eprintln!("downloading {url}");
+    dmd_cli::say!("downloading {url}");
     let compressed = download(&url)?;
     let bytes = decompress(&path, compressed.clone())?;
     verify(&path, &bytes, sha256)?;

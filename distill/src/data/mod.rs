@@ -149,7 +149,9 @@ impl Source {
         let [c, h, w] = shape;
         if data.shape != shape {
             let [channels, height, width] = data.shape;
-            eprintln!("note: images of {width}x{height}, {channels} channels, become {w}x{h}, {c} channels");
+            dmd_cli::say!(
+                "note: images of {width}x{height}, {channels} channels, become {w}x{h}, {c} channels"
+            );
         }
         let data = picture::fit(data, shape)?;
         let sha256 = data.sha256();

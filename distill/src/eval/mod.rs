@@ -145,7 +145,7 @@ fn draw_share(args: &EvalArgs, share: Share, device: &Device) -> Result<()> {
     progress::handle_interrupts();
     let (count, folder) = draw::fill(&many_steps(args, teacher, subject.guidance()), share, device)?;
     let Share { index, of } = share;
-    eprintln!("{count} images of share {index}/{of} in {}", folder.display());
+    dmd_cli::say!("{count} images of share {index}/{of} in {}", folder.display());
     Ok(())
 }
 
@@ -183,7 +183,7 @@ pub fn evaluate(args: &EvalArgs, device: &Device) -> Result<Evaluation> {
     let reference = Pictures::balanced(&train, args.count)?;
 
     progress::handle_interrupts();
-    eprintln!("{}, {} images of each set, on {}", extractor.name(), args.count, device::name(device));
+    dmd_cli::say!("{}, {} images of each set, on {}", extractor.name(), args.count, device::name(device));
     let scorer = Scorer::new(extractor, &reference)?;
     let score = |pictures: Result<Pictures>| scorer.scores(&pictures?);
     let student = match (&given, &subject.student) {
@@ -204,7 +204,7 @@ pub fn evaluate(args: &EvalArgs, device: &Device) -> Result<Evaluation> {
     let floor = match test.len() >= args.count {
         true => Some(score(Pictures::balanced(&test, args.count))?),
         false => {
-            eprintln!("warning: there are only {} test images, so no floor is known", test.len());
+            dmd_cli::say!("warning: there are only {} test images, so no floor is known", test.len());
             None
         }
     };
@@ -239,7 +239,7 @@ fn check_count(count: usize, extractor: &Extractor) -> Result<()> {
         )));
     }
     if count < ENOUGH * features {
-        eprintln!(
+        dmd_cli::say!(
             "warning: with {count} images and {features} features the Fréchet distance is mostly bias; look at `kid`, or \
              take at least {}",
             ENOUGH * features

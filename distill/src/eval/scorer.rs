@@ -79,7 +79,7 @@ impl Extractor {
         if let Some(file) = name.strip_prefix("inception:") {
             let network = Inception::load(Path::new(file), device)?;
             if !network.is_published() {
-                eprintln!(
+                dmd_cli::say!(
                     "warning: these are not the weights that the name FID stands for, so the result is not called that"
                 );
             }
@@ -201,7 +201,7 @@ impl Scorer {
                 Ok(Some(Self::new(Extractor::Classifier(Box::new(classifier)), &reference)?))
             }
             Err(e) => {
-                eprintln!("warning: no metric during this run: {e}");
+                dmd_cli::say!("warning: no metric during this run: {e}");
                 Ok(None)
             }
         }

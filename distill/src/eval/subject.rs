@@ -109,7 +109,7 @@ fn with_teacher(student: Checkpoint, run: &Path, teacher: Option<&str>) -> Resul
         )));
     }
     if base.is_some_and(|base| !base.sha256.is_empty() && base.sha256 != found.sha256) {
-        eprintln!("warning: the teacher's file is not the one that the generator's card names");
+        dmd_cli::say!("warning: the teacher's file is not the one that the generator's card names");
     }
     Ok(Subject { student: Some(student), teacher: Some(found) })
 }

@@ -59,7 +59,7 @@ impl PairsArgs {
         let Some((share, variable)) = Share::of_job(|name| std::env::var(name).ok())? else {
             return Ok(Share::ALL);
         };
-        eprintln!("share {}/{}, by {variable}", share.index, share.of);
+        dmd_cli::say!("share {}/{}, by {variable}", share.index, share.of);
         Ok(share)
     }
 }

@@ -84,11 +84,11 @@ impl Session {
     pub fn fail(&self, error: &Error) -> u8 {
         let interrupted = matches!(error, Error::Interrupted(_));
         if self.team.leads() {
-            eprintln!("error: {error}");
+            dmd_cli::say!("error: {error}");
         } else if !interrupted {
             // What stops every rank alike, the leader says; it ends the others first.
             std::thread::sleep(std::time::Duration::from_secs(2));
-            eprintln!("error: rank {}: {error}", self.team.rank());
+            dmd_cli::say!("error: rank {}: {error}", self.team.rank());
         }
         #[cfg(feature = "mpi")]
         if self.team.size() > 1 && !interrupted {

@@ -64,7 +64,7 @@ impl Team {
         let percent = |part: f64| 100.0 * part / update;
         let bytes = meter.gradient_bytes as f64 / meter.updates as f64;
         let messages = meter.messages as f64 / meter.updates as f64;
-        eprintln!(
+        dmd_cli::say!(
             "profile: {} updates of {update:.4} s; ranks: {}, threads of each: {}\n\
              communication {:.2} % of an update on the rank that waits least, {:.2} % on the one that waits most ({least:.5} and \
              {most:.5} s)\n\

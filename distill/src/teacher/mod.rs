@@ -114,7 +114,7 @@ hint: one rank, or `--device cpu`",
     if let Some(state) = &resumed {
         optimiser.load("optimiser", network.variables(), &state.tensors)?;
         if team.leads() {
-            eprintln!("continuing after step {step}");
+            dmd_cli::say!("continuing after step {step}");
         }
     }
     let mut mean_loss = None;

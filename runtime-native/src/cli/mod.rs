@@ -60,7 +60,7 @@ fn usable(file: &ModelFile, options: &Options) -> Vec<Provider> {
                 continue;
             }
         };
-        eprintln!("not run: {}: {reason}", status.provider);
+        dmd_cli::say!("not run: {}: {reason}", status.provider);
     }
     usable
 }
@@ -75,6 +75,6 @@ pub fn exit_code(result: anyhow::Result<ExitCode>) -> ExitCode {
     if error.chain().any(|e| e.downcast_ref().is_some_and(closed)) {
         return ExitCode::SUCCESS;
     }
-    eprintln!("error: {error:#}");
+    dmd_cli::say!("error: {error:#}");
     ExitCode::from(2)
 }

@@ -49,7 +49,7 @@ impl Progress {
             *last = Instant::now();
             let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
             let rate = done as f64 / self.start.elapsed().as_secs_f64();
-            eprintln!("{done} of {total} evaluations, {rate:.1} per second");
+            dmd_cli::say!("{done} of {total} evaluations, {rate:.1} per second");
         }
     }
 

@@ -41,7 +41,7 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     let file = super::open_model(args.model.as_deref())?;
     let info = file.info.clone();
     if info.card.is_none() {
-        eprintln!("warning: {} has no model card: values in [-1, 1] are assumed", info.name);
+        dmd_cli::say!("warning: {} has no model card: values in [-1, 1] are assumed", info.name);
     }
     let (requests, columns) = requests(args, &info)?;
     let mut evaluated = 0;
@@ -69,9 +69,9 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     let model = Generator::load(file, &options)?;
     let loaded = started.elapsed();
     let choice = model.choice().clone();
-    eprintln!("{} on {} ({})", info.name, choice.provider, choice.engine);
+    dmd_cli::say!("{} on {} ({})", info.name, choice.provider, choice.engine);
     for reason in &choice.passed_over {
-        eprintln!("not taken: {reason}");
+        dmd_cli::say!("not taken: {reason}");
     }
 
     let progress = Progress::new(evaluated);
@@ -96,7 +96,7 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         peak_mib: peak_memory(),
     };
     let plural = |n: usize, word: &str| format!("{n} {word}{}", if n == 1 { "" } else { "s" });
-    eprintln!(
+    dmd_cli::say!(
         "{} in {}: {:.1} ms per image, {:.0} ms to load; wrote {written}",
         plural(report.images, "image"),
         plural(report.steps, "step"),

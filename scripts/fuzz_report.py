@@ -1,0 +1,31 @@
+"""Sums up the runs that scripts/fuzz has noted, by target, for docs/results/."""
+
+import json
+import pathlib
+import sys
+
+import provenance
+
+
+def main():
+    """Reads, adds, writes."""
+    source, target = map(pathlib.Path, sys.argv[1:])
+    targets = {}
+    for line in source.read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        row = targets.setdefault(run["target"], {"minutes": 0.0, "executions": 0, "findings": 0, "versions": [], "dates": []})
+        row["minutes"] = round(row["minutes"] + run["seconds"] / 60, 2)
+        row["executions"] += run["executions"]
+        row["findings"] += run["found"]
+        row["versions"] = sorted({*row["versions"], run["dmd"]})
+        row["dates"] = sorted({*row["dates"], run["date"]})
+    for name, row in sorted(targets.items()):
+        print(f"figure minutes_{name} {row['minutes']}")
+    figures = {"targets": len(targets), "least_minutes": min(row["minutes"] for row in targets.values())}
+    figures |= {"executions": sum(row["executions"] for row in targets.values()), "findings": sum(row["findings"] for row in targets.values())}
+    result = provenance.about("fuzz") | {"figures": figures, "targets": dict(sorted(targets.items()))}
+    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
