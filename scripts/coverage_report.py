@@ -58,7 +58,7 @@ def main():
     for name, value in figures.items():
         print(f"figure {name} {value}")
     if arguments.json:
-        result = provenance.about("coverage") | {"figures": figures, "missed": missed}
+        result = provenance.about("coverage", ["--json", str(arguments.json)]) | {"figures": figures, "missed": missed}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ def main():
         print(f"figure minutes_{name} {row['minutes']}")
     figures = {"targets": len(targets), "least_minutes": min(row["minutes"] for row in targets.values())}
     figures |= {"executions": sum(row["executions"] for row in targets.values()), "findings": sum(row["findings"] for row in targets.values())}
-    result = provenance.about("fuzz") | {"figures": figures, "targets": dict(sorted(targets.items()))}
+    result = provenance.about("fuzz", ["record", sys.argv[2]]) | {"figures": figures, "targets": dict(sorted(targets.items()))}
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

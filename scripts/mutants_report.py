@@ -9,7 +9,7 @@ import provenance
 
 def main():
     """Prints what was missed and figures."""
-    part, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+    part, shard, folder = sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3])
     found = {}
     for kind in ("caught", "missed", "timeout", "unviable"):
         lines = (folder / f"{kind}.txt").read_text(encoding="utf-8").splitlines()
@@ -22,10 +22,10 @@ def main():
     figures[f"caught_percent_{part}"] = round(100 * noticed / max(1, viable), 1)
     for name, value in figures.items():
         print(f"figure {name} {value}")
-    if len(sys.argv) > 3:
-        path = pathlib.Path(sys.argv[3])
+    if len(sys.argv) > 4:
+        path = pathlib.Path(sys.argv[4])
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"figures": {}, "missed": {}}
-        about = provenance.about("mutants")
+        about = provenance.about("mutants", [part, shard, sys.argv[4]])
         result = about | {"figures": before["figures"] | figures, "missed": before["missed"] | {part: found["missed"]}}
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

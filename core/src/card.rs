@@ -250,6 +250,30 @@ mod tests {
         assert_eq!([0, 1, 2, 3, 7, u64::MAX].map(|k| classes.of_image(k)), [0, 1, 2, 0, 1, 0]);
     }
 
+    #[test]
+    fn a_class_is_found_by_name_and_by_number() {
+        let names = vec!["Bag".to_owned(), "7".to_owned()];
+        let classes = Classes { count: 2, names, none: None };
+        let found = ["bag", "7", "0", "1", "2", "-1", "shoe"].map(|text| classes.find(text).ok());
+        assert_eq!(found, [Some(0), Some(1), Some(0), Some(1), None, None, None]);
+    }
+
+    #[test]
+    fn a_card_has_a_name_for_every_class_or_none() {
+        let card = |classes: &str| {
+            ModelCard::from_json(&format!(
+                r#"{{"card_version":1,"kind":"generator","arch":"x","name":"x","schedule":{{}},"noise":"dmd-noise-1",
+                "image":{{"channels":1,"height":4,"width":4,"range":[0,1]}},"dtype":"f32","parameters":0,"macs":0,
+                "created_by":"x","classes":{{{classes}}}}}"#
+            ))
+            .map_err(|e| e.to_string())
+        };
+        assert!(card(r#""count":2,"names":["a","b"]"#).is_ok() && card(r#""count":2"#).is_ok());
+        for classes in [r#""count":0"#, r#""count":2,"names":["a"]"#, r#""count":1,"names":["a","b"]"#] {
+            assert!(card(classes).is_err_and(|e| e.contains("class names for")), "{classes}");
+        }
+    }
+
     fn unnamed() -> Provenance {
         serde_json::from_str(r#"{"name":"x"}"#).unwrap()
     }

@@ -91,5 +91,14 @@ mod tests {
         assert_eq!((sheet.height, sheet.width), (5, 7));
         assert_eq!(sheet.data[7..14], [255, 1, 1, 255, 2, 2, 255]);
         assert_eq!(sheet.data[21..28], [255, 3, 3, 255, 255, 255, 255]);
+        let tall = |v| Image {
+            channels: 3,
+            height: 2,
+            width: 1,
+            data: [v, v + 1, v + 2, v + 3, v + 4, v + 5].into(),
+        };
+        let sheet = grid(&[tall(10), tall(20)], 1, 0);
+        assert_eq!((sheet.height, sheet.width), (4, 1));
+        assert_eq!(sheet.data, [10, 11, 12, 13, 14, 15, 20, 21, 22, 23, 24, 25]);
     }
 }

@@ -345,6 +345,8 @@ mod tests {
             ("thresholding", "true"),
             ("rescale_betas_zero_snr", "true"),
             ("trained_betas", "[0.1,1.5]"),
+            ("trained_betas", "[0.0,0.1]"),
+            ("trained_betas", "[0.1,1.0]"),
             ("trained_betas", "[0.1]"),
             ("clip_sample_range", "-1"),
             ("num_train_timesteps", "1"),
