@@ -245,6 +245,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn an_output_says_what_is_predicted() {
+        let names = [Prediction::Epsilon, Prediction::Sample, Prediction::Velocity].map(output_of);
+        assert_eq!(names, ["eps_pred", "x0_pred", "v_pred"]);
+    }
+
+    #[test]
     fn images_take_turns_through_the_classes() {
         let classes = Classes { count: 3, names: Vec::new(), none: Some(3) };
         assert_eq!([0, 1, 2, 3, 7, u64::MAX].map(|k| classes.of_image(k)), [0, 1, 2, 0, 1, 0]);

@@ -89,6 +89,7 @@ mod tests {
     fn the_worst_element_is_named() {
         let m = close(&[0.0, 1.0, 5.0, 2.0], &[0.0, 1.1, 2.0, 2.5], Tolerance::LAYER).unwrap_err();
         assert_eq!((m.count, m.index, m.got, m.expected), (3, 2, 5.0, 2.0));
+        assert_eq!(m.to_string(), "3 of 4 elements differ; worst at 2: got 5e0, expected 2e0");
         assert!(close(&[1.00001], &[1.0], Tolerance::LAYER).is_ok());
     }
 

@@ -153,3 +153,21 @@ impl<'a, O: Ops> Net<'a, O> {
         self.ops.add(x, &y)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_steps_has_sines_then_cosines() {
+        let config = CelebaUnetConfig { channels: 2, n_steps: 4, ..CelebaUnetConfig::default() };
+        let table = time_table(&config);
+        assert_eq!(table.len(), 4 * 8);
+        assert_eq!(table[..8], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]);
+        let angles = [3.0, 0.3, 0.03, 0.003, 3e-4, 3e-5, 3e-6, 3e-7f64];
+        for (j, angle) in angles.into_iter().enumerate() {
+            let expected = if j < 4 { angle.sin() } else { angle.cos() };
+            assert!((f64::from(table[3 * 8 + j]) - expected).abs() < 1e-7, "{j}: {}", table[3 * 8 + j]);
+        }
+    }
+}
