@@ -200,13 +200,14 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_those_of_the_reference_experiments() {
-        for (keys, range) in [
-            (r#""_class_name":"UNet2DModel","sample_size":32"#, [-1.0, 1.0]),
-            (r#""_class_name":"ContextUnet","n_feat":8,"n_steps":50"#, [0.0, 1.0]),
-            (r#""_class_name":"CelebaUNet""#, [-1.0, 1.0]),
+    fn ranges_and_classes_are_those_of_the_reference_experiments() {
+        for (keys, range, rows) in [
+            (r#""_class_name":"UNet2DModel","sample_size":32"#, [-1.0, 1.0], None),
+            (r#""_class_name":"ContextUnet","n_feat":8,"n_steps":50,"n_classes":10"#, [0.0, 1.0], Some(11)),
+            (r#""_class_name":"CelebaUNet""#, [-1.0, 1.0], None),
         ] {
-            assert_eq!(read(&format!("{{{keys}}}")).unwrap().range(), range, "{keys}");
+            let config = read(&format!("{{{keys}}}")).unwrap();
+            assert_eq!((config.range(), config.class_rows()), (range, rows), "{keys}");
         }
     }
 
