@@ -312,6 +312,55 @@ fn a_full_disk_is_an_error_and_loses_nothing() -> Result<()> {
     Ok(())
 }
 
+/// A file system of its own that has room for a part of the work only; what is left there is continued where there is room.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_file_system_is_an_error_and_loses_nothing() -> Result<()> {
+    // Root of the system, or of a name space where the system allows that.
+    let unshare = "unshare --map-root-user --mount";
+    if !Command::new("sh").args(["-c", &format!("{unshare} true")]).output()?.status.success() {
+        println!("left out: this user cannot mount a file system (`{unshare} true`)");
+        return Ok(());
+    }
+    let pages = |path: &Path| -> Result<u64> {
+        let mut all = Vec::new();
+        files(path, &mut all)?;
+        all.iter().try_fold(0, |sum, file| Ok(sum + fs::metadata(file)?.len().div_ceil(4096)))
+    };
+    for stage in stages()? {
+        let folder = tempfile::tempdir()?;
+        let (cwd, kept) = (folder.path().join("work"), folder.path().join("kept"));
+        fs::create_dir(&cwd)?;
+        stage.prepare(&cwd)?;
+        let before = pages(&cwd)?;
+        ensure!(stage.run(&cwd)?.code == Some(0));
+        let expected = stage.results(&cwd)?;
+        // Whoever replaces a file needs room for both.
+        let needed = (pages(&cwd)? - before).max(before);
+        for quarter in 0..4 {
+            let kilobytes = 4 * (before + 1 + needed * quarter / 4);
+            fs::remove_dir_all(&cwd)?;
+            fs::create_dir(&cwd)?;
+            stage.prepare(&cwd)?;
+            // The same path, so that results are the same; what is left is copied to where there is room.
+            let within = format!(
+                "cp -R . ../kept && mount -t tmpfs -o size={kilobytes}k dmd . && cd \"$PWD\" && cp -R ../kept/. . || exit 3; \
+                 \"$0\" \"$@\"; code=$?; rm -r ../kept && cp -R . ../kept; exit $code"
+            );
+            let full = under(&format!("exec {unshare} sh -c '{within}' \"$0\" \"$@\""), &stage, &cwd)?;
+            let place = || format!("{}, {kilobytes} kB", stage.name);
+            refused(&full, &["cannot ", "No space left on device"]).with_context(place)?;
+            fs::remove_dir_all(&cwd)?;
+            fs::rename(&kept, &cwd)?;
+            whole(&cwd.join("out")).with_context(place)?;
+            let done = stage.run(&cwd)?;
+            ensure!(done.code == Some(0), "{}: {done:?}", place());
+            same(&stage, &cwd, &expected).with_context(place)?;
+        }
+    }
+    Ok(())
+}
+
 /// The work is done all the same, and a refusal keeps its exit code.
 #[test]
 #[cfg(target_os = "linux")]

@@ -124,6 +124,7 @@ fn bytes_that_are_not_a_whole_onnx_file_are_refused() {
             Generator::from_bytes(bytes.to_vec()).err().expect("a broken file was accepted").to_string();
         let expected = format!("got {} bytes that are not a complete ONNX file: ", bytes.len());
         assert!(refused.starts_with(&expected), "{refused}");
+        assert_eq!(refused.contains(": it holds no graph\n\nhint: "), bytes.is_empty(), "{refused}");
     }
 }
 
@@ -182,6 +183,23 @@ fn a_graph_that_is_no_generator_is_refused() {
     let mut silent = model(None, false);
     silent.graph.get_or_insert_default().node.clear();
     assert_eq!(refusal(&silent), "got outputs `x_gen`, expected `x_gen` as the result of an operator");
+
+    let mut integers = model(None, false);
+    integers.graph.get_or_insert_default().node.push(operator("QuantizeLinear", &["z"], "levels"));
+    let refused = refusal(&integers);
+    let expected = "its activations are 8-bit integers, which this runtime does not compute\n\nhint: export it with `--dtype int8`";
+    assert_eq!(refused, expected);
+
+    let mut sizeless = model(None, false);
+    let graph = sizeless.graph.get_or_insert_default();
+    graph.input[0] = value("z", DataType::Float, &[1, -1, -1]);
+    let expected =
+        "got no model card, and input `z` has shape [n, 1, n, n], which does not say the size of an image";
+    assert_eq!(refusal(&sizeless), expected);
+
+    let mut doubles = model(None, false);
+    doubles.graph.get_or_insert_default().input[0] = value("z", DataType::Double, &[1, 3, 4]);
+    assert_eq!(refusal(&doubles), "input `z` has type double, expected float");
 
     let mut unknown = model(None, false);
     unknown.graph.get_or_insert_default().node[0].op_type = "Frobnicate".to_owned();

@@ -67,8 +67,11 @@ test('what goes wrong is an Error that says so', async () => {
   const { load } = runtime.Generator;
   await refused(load(bytes.subarray(0, 1000)), /^got 1000 bytes that are not a complete ONNX file/);
   await refused(load(new URL('none.onnx', server.url)), /none\.onnx`: got status 404, expected 200\n\nhint: /);
-  await refused(load('http://127.0.0.1:9/model.onnx'), /^cannot fetch the model `http:\/\/127\.0\.0\.1:9/);
+  await refused(load('http://127.0.0.1:9/model.onnx'), /^cannot fetch the model `http:\/\/127\.0\.0\.1:9\/model\.onnx`: fetch failed$/);
   await refused(load(), /^got no model, expected an address, a response or bytes/);
+  const breaking = (problem) => new Response(new ReadableStream({ pull: (to) => to.error(problem) }));
+  await refused(load(breaking(new Error('cable cut'))), /^the download of `` broke off after 0 bytes: cable cut$/);
+  await refused(load(breaking(5)), /^the download of `` broke off after 0 bytes: an unknown problem$/);
   const onProgress = () => { throw new Error('stop here'); };
   await refused(load(new URL('model.onnx', server.url), { onProgress }), /^stop here$/);
   const generator = await load(bytes);
