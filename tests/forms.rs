@@ -194,7 +194,7 @@ fn a_form_that_cannot_be_had_is_refused_and_writes_nothing() -> Result<()> {
         (&["m.onnx", "--opset", "23"], "got opset 23, expected 14 to 22"),
         (&["m.onnx", "--batch", "0"], "0 is not in 1.."),
         (&["m.onnx", "--dtype", "f64"], "got `f64`"),
-        (&["missing/m.onnx", "--golden"], "there is no directory `missing`"),
+        (&["missing/m.onnx", "--golden"], "`missing` is not a directory"),
     ] {
         refused(&export_cli(dir.path(), args)?, &[message])?;
     }

@@ -240,8 +240,14 @@ fn a_request_that_cannot_be_met_is_refused_and_writes_nothing() -> Result<()> {
         (&["-o", "old.png"], "--force"),
         (&["-o", "picture.jpg"], "expected a name ending in .png, .npy or .raw"),
         (&["-o", "array.npy", "--grid"], "--grid"),
-        (&["-o", "missing/new.png"], "`missing`: it is not a directory"),
-        (&["-o", "old.png/new.png"], "`old.png`: it is not a directory"),
+        (&["-o", "missing/new.png"], "`missing/new.png`: `missing` is not a directory"),
+        (&["-o", "old.png/new.png"], "`old.png/new.png`: `old.png` is not a directory"),
+        (&["-o", "new.png", "--report", "old.png"], "`old.png` exists already"),
+        (
+            &["-o", "new.npy", "--report", "new.npy"],
+            "`new.npy` for the report too, expected a file of its own",
+        ),
+        (&["plain.onnx", "-o", "new.npy", "--report", "plain.onnx", "--force"], "a file of its own"),
         (&["--provider", "rocm"], "rocm"),
         (&["--ort-lib", "old.png", "--provider", "tract"], "uses none"),
     ];
@@ -250,7 +256,7 @@ fn a_request_that_cannot_be_met_is_refused_and_writes_nothing() -> Result<()> {
         refused(dir.path(), args, message)?;
     }
     if cfg!(target_os = "linux") {
-        refused(dir.path(), &["-o", "/proc/new.png"], "cannot write into `/proc`")?;
+        refused(dir.path(), &["-o", "/proc/new.png"], "cannot write `/proc/new.png`")?;
     }
     assert_eq!(names(dir.path())?, before);
     assert_eq!(std::fs::read(dir.path().join("old.png"))?, b"mine");

@@ -144,6 +144,8 @@ fn a_resumed_training_equals_an_uninterrupted_one() -> Result<()> {
         let [whole, parts] = ["whole", "parts"].map(|run| fs::read(folder.path().join(run).join(file)));
         ensure!(whole? == parts?, "`{file}` differs");
     }
+    let too_few = "got `--train-steps 2`, expected at least 3: the run in `parts` has come to step 3";
+    refused(folder.path(), "--resume parts --train-steps 2", &[too_few])?;
     refused(folder.path(), "--resume parts --lr 1e-3", &["only `--train-steps`"])?;
     fs::write(folder.path().join("mnist/train-labels-idx1-ubyte"), [0, 0, 8, 1, 0, 0, 0, 3, 0, 9, 5])?;
     refused(folder.path(), "--resume parts", &["not those that the run began with", "SHA-256"])

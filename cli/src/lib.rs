@@ -1,5 +1,7 @@
-//! What the three programs' command lines have in common: they write their own completions and manual pages.
+//! What the three programs have in common: they write their own completions and manual pages, messages, and files that are whole.
 //! Must not contain anything that one program alone needs.
+
+pub mod files;
 
 use std::io::Write;
 use std::process::exit;

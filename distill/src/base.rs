@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
+use dmd_assets::{DDPM_FASHION, Files};
 use dmd_core::card::{Base, Classes, Provenance};
 use dmd_core::config::ModelConfig;
 use dmd_core::net::shapes;
@@ -36,25 +37,11 @@ pub struct Preset {
 /// Where a preset's weights are.
 enum Weights {
     /// Inside this program.
-    Bundled(&'static [(&'static str, &'static [u8])]),
+    Bundled(Files),
     /// In this repository of the hub.
     Hub(&'static str),
     /// Nowhere that a program could fetch them from.
     Elsewhere,
-}
-
-macro_rules! bundled {
-    ($folder:literal) => {
-        &[
-            ("config.json", include_bytes!(concat!("../../assets/", $folder, "/config.json"))),
-            (
-                "scheduler_config.json",
-                include_bytes!(concat!("../../assets/", $folder, "/scheduler_config.json")),
-            ),
-            ("card.json", include_bytes!(concat!("../../assets/", $folder, "/card.json"))),
-            ("model.safetensors", include_bytes!(concat!("../../assets/", $folder, "/model.safetensors"))),
-        ]
-    };
 }
 
 macro_rules! description {
@@ -70,7 +57,7 @@ pub const PRESETS: &[Preset] = &[
         about: "Fashion-MNIST by class, 28x28 grey",
         config: description!("ddpm-fashion", "config.json"),
         scheduler: description!("ddpm-fashion", "scheduler_config.json"),
-        weights: Weights::Bundled(bundled!("ddpm-fashion")),
+        weights: Weights::Bundled(DDPM_FASHION),
         classes: &FASHION_CLASSES,
         recipe: description!("ddpm-fashion", "distill.toml"),
         teacher: description!("ddpm-fashion", "teacher.toml"),

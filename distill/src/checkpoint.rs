@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use dmd_assets::Files;
 use dmd_core::card::{Classes, GeneratorConfig, Provenance};
 use dmd_core::config::ModelConfig;
 use dmd_core::net::{OneStep, shapes};
@@ -24,7 +25,7 @@ pub enum Source {
     /// A folder, or its `unet/` and `scheduler/` as diffusers pipelines have them.
     Folder(PathBuf),
     /// Files inside this program: folder name for messages, then name and bytes.
-    Bundled(&'static str, &'static [(&'static str, &'static [u8])]),
+    Bundled(&'static str, Files),
 }
 
 /// A denoiser with its schedule and history.

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use dmd_core::net::shapes;
-use dmd_core::sampler::Sampler;
+use dmd_core::sampler::{Sampler, TEACHER_STEPS};
 use dmd_core::schedule::Schedule;
 use serde::de::DeserializeOwned;
 
@@ -19,7 +19,6 @@ use crate::options::{DistillArgs, PairsArgs, Recipe, SampleArgs};
 use crate::pairs::{self, PairsOptions};
 use crate::parallel::Team;
 use crate::regression::Regression;
-use crate::report::TEACHER_STEPS;
 use crate::run::{Run, images, save_grid};
 use crate::sampler::{self, Request, Sampling, one_step};
 use crate::share::Share;
@@ -120,10 +119,7 @@ fn begin_distillation(
             let saved = run.saved_step()?;
             let least = saved.saturating_sub(options.reg_steps).max(1);
             if steps < least {
-                return Err(Error::Request(format!(
-                    "got `--train-steps {steps}`, expected at least {least}: the run in `{}` has come to step {saved}",
-                    folder.display()
-                )));
+                return Err(too_few(steps, least, saved, folder));
             }
             options.train_steps = steps;
             if !args.dry_run {
@@ -361,10 +357,21 @@ fn begin_teacher(args: &TeacherArgs, team: &Team) -> Result<Option<(Run, Teacher
     let mut options: TeacherOptions = run.options()?;
     let loaded = teacher::reload(&options)?;
     if let Some(steps) = steps.filter(|steps| *steps != options.train_steps) {
+        let saved = run.saved_step()?;
+        if steps < saved {
+            return Err(too_few(steps, saved, saved, folder));
+        }
         options.train_steps = steps;
         run.save_options(&options)?;
     }
     Ok(Some((run, options, loaded)))
+}
+
+fn too_few(steps: u64, least: u64, saved: u64, folder: &Path) -> Error {
+    Error::Request(format!(
+        "got `--train-steps {steps}`, expected at least {least}: the run in `{}` has come to step {saved}",
+        folder.display()
+    ))
 }
 
 /// `dmd-distill pairs`; false if `--check` found that pairs are missing, or there twice.

@@ -1,30 +1,20 @@
-//! Writing so that a file is either the old one or the whole new one, and hashing.
+//! Reading, replacing and hashing files and folders; how one is written so that it is whole is in `dmd_cli::files`.
 
 use std::fs;
-#[cfg(unix)]
-use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
+use dmd_cli::files::{folder, place, sync, temporary};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
-/// How the names of files begin that are being written.
-pub const TEMPORARY: &str = ".dmd-";
-
-/// Replaces `path` by `bytes`: temporary file in the same folder, fsync, rename.
+/// Replaces `path` by `bytes`; makes its folder.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder(path);
     fs::create_dir_all(folder).map_err(Error::file("create", folder))?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(TEMPORARY);
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(folder).map_err(Error::file("write", path))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::file("write", path))?;
-    file.persist(path).map_err(|e| Error::file("write", path)(e.error))?;
-    sync(folder)
+    let mut file = temporary(path).map_err(Error::file("write", path))?;
+    file.write_all(bytes).and_then(|()| place(file, path, true)).map_err(Error::file("write", path))
 }
 
 /// Replaces `to` by what is in `from`, without copying it where the file system can share it. `from` may be replaced
@@ -37,7 +27,7 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
     }
     fs::rename(&beside, to).map_err(Error::file("write", to))?;
     let _ = fs::remove_file(&beside); // renaming one name of a file onto another does nothing
-    sync(to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+    sync(folder(to)).map_err(Error::file("write", to))
 }
 
 /// Puts the folder `new` in the place of `folder`, which may exist. Where the system can exchange two names, there is one or
@@ -54,7 +44,7 @@ pub fn replace_folder(new: &Path, folder: &Path) -> Result<()> {
         fs::rename(new, folder).map_err(Error::file("write", folder))?;
         let _ = fs::remove_dir_all(&old);
     }
-    sync(folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+    sync(dmd_cli::files::folder(folder)).map_err(Error::file("write", folder))
 }
 
 #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
@@ -66,20 +56,6 @@ fn exchange(one: &Path, other: &Path) -> bool {
 #[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
 fn exchange(_: &Path, _: &Path) -> bool {
     false
-}
-
-/// Makes renames in a folder durable, where folders can be opened.
-#[cfg(unix)]
-fn sync(folder: &Path) -> Result<()> {
-    match File::open(folder) {
-        Ok(f) => f.sync_all().map_err(Error::file("write", folder)),
-        Err(e) => Err(Error::file("open", folder)(e)),
-    }
-}
-
-#[cfg(not(unix))]
-fn sync(_: &Path) -> Result<()> {
-    Ok(())
 }
 
 /// Reads a whole file.

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::files::TEMPORARY;
+use dmd_cli::files::TEMPORARY;
 
 /// Name of the locked file, which says whose the lock is.
 const NAME: &str = "lock";

@@ -37,6 +37,9 @@ pub struct Monitor {
     pub alarms: u32,
     /// Returns to the best state.
     pub rollbacks: u32,
+    /// Step of the last state that is kept to return to.
+    #[serde(default)]
+    pub kept: Option<u64>,
     /// Whether the samples have looked healthy before; the first ones, before distillation, do not.
     pub healthy: bool,
 }

@@ -50,7 +50,7 @@ const RECIPES: [(&str, &str); 4] =
     version,
     args_conflicts_with_subcommands = true,
     arg_required_else_help = true,
-    after_help = "Example:\n  dmd-distill --base ddpm-fashion --config demo    # a few minutes; without --config the real thing, 40 minutes\n  \
+    after_help = "Example:\n  dmd-distill --base ddpm-fashion --config demo    # a few minutes; without --config the real thing, half an hour\n  \
                   dmd-distill eval runs/ddpm-fashion-001 --count 2000\n  dmd-export model.onnx\n  dmd-run model.onnx\n\n\
                   A preset's own settings replace the defaults above; --dry-run shows what results and what it costs."
 )]

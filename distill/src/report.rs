@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use candle_core::Device;
 use dmd_core::net::OneStep;
 use dmd_core::pixels::{Image, grid};
+use dmd_core::sampler::TEACHER_STEPS;
 use dmd_core::schedule::Schedule;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
@@ -18,8 +19,6 @@ use crate::run::{Run, enlarge, images, save_image};
 use crate::sampler::{Request, Sampling, one_step, sample};
 use crate::train::DistillOptions;
 
-/// Network evaluations of the teacher in a comparison, if its schedule has as many.
-pub const TEACHER_STEPS: usize = 50;
 /// Columns of a comparison.
 const COLUMNS: usize = 10;
 /// Height of a title in pixels.

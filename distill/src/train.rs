@@ -280,6 +280,12 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device, team: &Team) 
     let material = options.material(&base, device, team).map_err(|e| e.continue_with(&resume))?;
     let judge = if team.leads() { Some(Judge::new(options, &base, device)?) } else { None };
     let resumed = if team.leads() { run.load_state(LATEST)? } else { run.read_state(LATEST)? };
+    if team.leads()
+        && let Some(state) = &resumed
+        && state.note::<Monitor>()?.kept == Some(state.step)
+    {
+        run.keep_state(LATEST, BEST)?; // the process may have been killed before it did
+    }
     let mut step = resumed.as_ref().map_or(0, |state| state.step);
     let begun = match (&resumed, &options.init) {
         (None, Some(_)) => Some(run.read_init()?),
@@ -333,6 +339,9 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device, team: &Team) 
             ] {
                 line[name] = value;
             }
+            if verdict == Verdict::Best {
+                monitor.kept = Some(step);
+            }
             shown = metric.map_or(String::new(), |kid| format!(" kid {kid:.4}"));
         }
         if options.judges(step) {
@@ -372,7 +381,7 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device, team: &Team) 
             report::plot(run)?;
         }
         let stop = team.any(stop_requested());
-        // The two states are written together: a run that is continued knows no later best than its own.
+        // A run that is continued knows no later best than its own: the copy follows the state, which says that it is to be made.
         if step.is_multiple_of(options.save_every) || last || stop || rolled_back || verdict == Verdict::Best
         {
             team.check_equal(work.generator.parameters().values().chain(work.fake.parameters().values()))?;

@@ -2,6 +2,7 @@
 //! in `lower`.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use crate::kernels::norm::GroupNorm;
@@ -9,7 +10,7 @@ use crate::kernels::pointwise::Unary;
 use crate::message::{Model, Node};
 use crate::network::Input;
 use crate::operators::Operator;
-use crate::tensor::{Stored, count};
+use crate::tensor::{Stored, count, numbers};
 use crate::{Error, Result};
 
 /// What a step reads.
@@ -72,15 +73,36 @@ pub(crate) struct Builder {
     /// Which step computes a value.
     producers: Vec<Option<usize>>,
     sizes: Vec<usize>,
+    /// Stored numbers that nodes have read so far; each may keep them in a form of its own.
+    read: usize,
 }
 
-/// Numbers that one value may have: 1 GiB.
-const MAX_VALUES: usize = 1 << 28;
+/// Numbers that one value may have: 1 GiB of f32, an image of 8192 by 8192 pixels in 4 channels.
+pub const MAX_VALUES: usize = 1 << 28;
+/// How often all nodes together may read the stored numbers of a file. A quantised weight is read twice, by DequantizeLinear and by its layer.
+const READINGS: usize = 8;
+/// Stored numbers that may be read in addition, for small files that share theirs between many nodes.
+const FREE_READINGS: usize = 1 << 16;
+/// Versions of ONNX's operators that mean what `lower` computes: before, Softmax flattened its input and Clip had attributes.
+const OPERATOR_SETS: RangeInclusive<i64> = 13..=24;
 
 /// See [`crate::Network::build`].
 pub(crate) fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<Built> {
+    let mut versions =
+        model.opset_import.iter().filter(|set| set.domain.is_empty() || set.domain == "ai.onnx");
+    if let Some(set) = versions.find(|set| !OPERATOR_SETS.contains(&set.version)) {
+        let (first, last) = OPERATOR_SETS.into_inner();
+        return Err(Error::Graph(format!(
+            "got operators of opset {}, expected {first} to {last}",
+            set.version
+        )));
+    }
     let graph = model.graph.ok_or_else(|| Error::Graph("the file holds no graph".to_owned()))?;
     let mut builder = Builder::default();
+    let constants =
+        graph.node.iter().flat_map(|node| &node.attribute).filter_map(|attribute| attribute.t.as_ref());
+    let stored: usize = graph.initializer.iter().chain(constants).map(numbers).sum();
+    let most = FREE_READINGS + READINGS * stored;
     for tensor in graph.initializer {
         builder.names.insert(tensor.name.clone(), Value::Stored(Arc::new(Stored::File(Box::new(tensor)))));
     }
@@ -106,6 +128,13 @@ pub(crate) fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<
     }
     for node in nodes {
         let before = builder.sizes.len();
+        builder.read(&node);
+        if builder.read > most {
+            let read = builder.read;
+            return Err(node.wrong(format!(
+                "so far {read} stored numbers were read of {stored}, expected at most {most}"
+            )));
+        }
         builder.node(&node)?;
         if let Some(size) = builder.sizes[before..].iter().find(|size| **size > MAX_VALUES) {
             return Err(node.wrong(format!("it makes {size} numbers, expected at most {MAX_VALUES}")));
@@ -139,6 +168,15 @@ impl Builder {
         self.sizes.push(count(&shape).unwrap_or(usize::MAX));
         self.producers.push(producer);
         Flow { value: self.sizes.len() - 1, shape, alone: true }
+    }
+
+    /// Counts the stored numbers that a node reads.
+    fn read(&mut self, node: &Node) {
+        for name in &node.input {
+            if let Some(Value::Stored(stored)) = self.names.get(name) {
+                self.read += stored.len();
+            }
+        }
     }
 
     fn node(&mut self, node: &Node) -> Result<()> {

@@ -18,6 +18,7 @@ mod operators;
 mod parallel;
 mod tensor;
 
+pub use build::MAX_VALUES;
 pub use error::{Error, Result};
 pub use kernels::instructions;
 pub use network::{Input, Network, Workspace};

@@ -199,8 +199,9 @@ impl Builder {
         let (&[n, c, h, w], &[input, out, kh, kw]) = (&x.shape[..], &weight.shape()[..]) else {
             return Err(node.wrong(format!("got x of shape {:?}, expected an image", x.shape)));
         };
-        if node.sizes("output_padding")?.is_some_and(|pads| pads.iter().any(|&p| p != 0)) {
-            return Err(node.wrong("got `output_padding`, which is not supported here"));
+        let padded = node.sizes("output_padding")?.is_some_and(|pads| pads.iter().any(|&p| p != 0));
+        if padded || node.sizes("output_shape")?.is_some() {
+            return Err(node.wrong("got `output_padding` or `output_shape`, which are not supported here"));
         }
         let kernel = [kh, kw];
         let (stride, pads) = self.window(node, kernel)?;

@@ -11,6 +11,20 @@ pub fn count(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d))
 }
 
+/// Numbers that a stored value of the file holds, whatever its shape says.
+pub fn numbers(tensor: &message::Tensor) -> usize {
+    let width = match tensor.data_type {
+        data_type::FLOAT | data_type::INT32 => 4,
+        data_type::FLOAT16 => 2,
+        data_type::INT64 => 8,
+        _ => 1,
+    };
+    tensor.raw_data.len() / width
+        + tensor.float_data.len()
+        + tensor.int32_data.len()
+        + tensor.int64_data.len()
+}
+
 /// Values whose numbers are known.
 #[derive(Clone, Debug)]
 pub enum Stored {
@@ -26,6 +40,14 @@ impl Stored {
         match self {
             Self::File(tensor) => tensor.dims.iter().map(|&d| usize::try_from(d).unwrap_or(0)).collect(),
             Self::Floats(shape, _) => shape.clone(),
+        }
+    }
+
+    /// How many numbers it holds, whatever its shape says.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::File(tensor) => numbers(tensor),
+            Self::Floats(_, values) => values.len(),
         }
     }
 

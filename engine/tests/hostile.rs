@@ -1,6 +1,6 @@
 //! Files that ask for too much: refused while the network is built, before memory is taken.
 
-use dmd_engine::message::{Attribute, Graph, Model, Node, Tensor, data_type};
+use dmd_engine::message::{Attribute, Graph, Model, Node, OperatorSet, Tensor, data_type};
 use dmd_engine::{Input, Network};
 
 fn floats(name: &str, dims: &[i64], values: &[f32]) -> Tensor {
@@ -35,6 +35,10 @@ fn node(op: &str, inputs: &[&str], output: &str) -> Node {
 fn with(mut node: Node, name: &str, ints: &[i64]) -> Node {
     node.attribute.push(Attribute { name: name.to_owned(), ints: ints.to_vec(), ..Attribute::default() });
     node
+}
+
+fn nearest(name: &str, value: &str) -> Attribute {
+    Attribute { name: name.to_owned(), s: value.as_bytes().to_vec().into(), ..Attribute::default() }
 }
 
 /// The error of a network from `x`, an image of 8 by 8 pixels, to `y`.
@@ -114,6 +118,56 @@ fn a_workspace_has_bounds() {
     nodes.push(node("Neg", &["s16"], "y"));
     let problem = refused(nodes, vec![floats("s", &[4], &[1.0, 1.0, 1024.0, 1024.0])]);
     assert!(problem.contains("numbers, expected at most 1073741824"), "{problem}");
+}
+
+#[test]
+fn stored_values_are_not_multiplied_by_reading_them_again() {
+    let table = || floats("w", &[1, 1, 256, 256], &[0.5; 1 << 16]);
+    let readers = |count: usize| -> Vec<Node> {
+        let name = |i: usize| if i == count { "y".to_owned() } else { format!("v{i}") };
+        let first = node("Resize", &["x", "", "s"], "v0");
+        let first = Node {
+            attribute: vec![
+                nearest("mode", "nearest"),
+                nearest("nearest_mode", "floor"),
+                nearest("coordinate_transformation_mode", "asymmetric"),
+            ],
+            ..first
+        };
+        let adds = (0..count).map(|i| node("Add", &[&name(i), "w"], &name(i + 1)));
+        std::iter::once(first).chain(adds).collect()
+    };
+    let built = |count| {
+        let graph = Graph {
+            node: readers(count),
+            initializer: vec![table(), floats("s", &[4], &[1.0, 1.0, 32.0, 32.0])],
+            ..Graph::default()
+        };
+        let model = Model { graph: Some(graph), ..Model::default() };
+        Network::build(model, &[Input { name: "x", shape: &[1, 1, 8, 8] }], &["y"])
+            .map(|_| ())
+            .map_err(|e| e.to_string())
+    };
+    assert_eq!(built(8), Ok(()));
+    let refused = built(20_000).expect_err("20000 copies of one weight were made");
+    assert!(refused.contains("stored numbers were read of 65540, expected at most 589856"), "{refused}");
+}
+
+#[test]
+fn operators_of_other_versions_are_refused() {
+    for (version, fits) in [(12, false), (13, true), (24, true), (25, false)] {
+        let set = OperatorSet { domain: String::new(), version };
+        let graph = Graph { node: vec![node("Relu", &["x"], "y")], ..Graph::default() };
+        let model = Model { graph: Some(graph), opset_import: vec![set], ..Model::default() };
+        let built = Network::build(model, &[Input { name: "x", shape: &[1, 1, 8, 8] }], &["y"]);
+        match built.map(|_| ()).map_err(|e| e.to_string()) {
+            Ok(()) => assert!(fits, "version {version} was accepted"),
+            Err(refused) => assert!(
+                !fits && refused.ends_with(&format!("got operators of opset {version}, expected 13 to 24")),
+                "{refused}"
+            ),
+        }
+    }
 }
 
 #[test]

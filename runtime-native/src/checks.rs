@@ -1,10 +1,8 @@
 //! What a file must keep to before anything is allocated for it: every stored tensor has as many values as its shape says, lies
 //! in the file, and no image is larger than [`MAX_VALUES`]. Nothing here reads the card or knows what inputs mean.
 
+use dmd_engine::MAX_VALUES;
 use dmd_engine::message::{EXTERNAL, Graph, Tensor, data_type};
-
-/// Numbers that one tensor may have: 1 GiB of f32, an image of 8192 by 8192 pixels in 4 channels.
-pub(crate) const MAX_VALUES: usize = 1 << 28;
 
 /// Bytes of a symbolic dimension's name: engines parse it as an expression, by recursion.
 pub(crate) const MAX_SYMBOL: usize = 64;

@@ -1,5 +1,6 @@
 //! Sessions of onnxruntime's providers: the options each takes, whether it can be had here, and a session of its own
-//! to find out. A provider that was named either works or is an error; nothing falls back to the CPU here.
+//! to find out. A provider that was named either works or is an error; operators that it has no kernel for are computed on the
+//! CPU only where it says so (`ort`).
 
 use dmd_engine::message::{
     Attribute, Dimension, Graph, Model, Node, OperatorSet, Shape, Tensor, TensorType, Type, ValueInfo,

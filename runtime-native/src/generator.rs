@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use dmd_core::card::{Classes, Kind};
 use dmd_core::noise::{slerp, standard_normal, step_noise};
 use dmd_core::pixels::{Image, to_image};
-use dmd_core::sampler::{Sampler, Trajectory};
+use dmd_core::sampler::{Sampler, TEACHER_STEPS, Trajectory};
 use dmd_core::schedule::Schedule;
 
 use crate::batch::Batch;
@@ -16,9 +16,6 @@ use crate::embedded::Embedded;
 use crate::file::{ModelFile, ModelInfo};
 use crate::providers::{self, Choice, Provider};
 use crate::{Error, Result};
-
-/// Steps of a teacher where none are asked.
-pub const TEACHER_STEPS: usize = 50;
 
 /// Bytes of images that [`parts`] puts into one request.
 const PART_BYTES: usize = 16 << 20;
@@ -334,6 +331,9 @@ impl<'a> Plan<'a> {
             }
             (true, Some(classes), Class::One(c)) if c >= classes.count => {
                 return Err(Error::Request(format!("got class {c}, expected 0 to {}", classes.count - 1)));
+            }
+            (true, None, Class::One(c)) if i64::try_from(c).is_err() => {
+                return Err(Error::Request(format!("got class {c}, expected 0 to {}", i64::MAX)));
             }
             (false, _, Class::One(c)) => {
                 return Err(Error::Request(format!(

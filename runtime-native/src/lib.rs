@@ -56,6 +56,6 @@ pub use generator::{Class, Generator, Images, Interpolation, Options, Request};
 pub use providers::Provider;
 
 /// The model that comes with this crate: a class-conditional one-step generator.
-pub const BUNDLED: &[u8] = include_bytes!("../../assets/one-step-fashion.onnx");
+pub const BUNDLED: &[u8] = dmd_assets::ONE_STEP_FASHION;
 /// What messages call [`BUNDLED`].
 pub const BUNDLED_NAME: &str = "the bundled one-step-fashion.onnx";

@@ -4,7 +4,7 @@
 use tract_onnx::prelude::*;
 use tract_onnx::tract_hir::infer::{Factoid, InferenceFact, InferenceModel, InferenceNode};
 
-use crate::checks::MAX_VALUES;
+use dmd_engine::MAX_VALUES;
 
 /// Numbers that may be alive at once: 4 GiB of f32.
 const MAX_ALIVE: u64 = 1 << 30;

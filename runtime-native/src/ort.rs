@@ -1,6 +1,7 @@
 //! onnxruntime as an engine: a session, and batches of images through it. How a provider gets its session is in
 //! `devices`.
 
+use ort::session::builder::SessionBuilder;
 use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
 
@@ -8,6 +9,7 @@ use crate::batch::Batch;
 use crate::devices::{self, one_line};
 use crate::file::{ModelFile, Role};
 use crate::generator::Options;
+use crate::library::Library;
 use crate::{Error, Provider, Result};
 
 /// A session and what it must be fed.
@@ -23,21 +25,42 @@ pub(crate) struct Ort {
 impl Ort {
     /// Loads a model; also returns the library's name.
     pub fn open(provider: Provider, file: &ModelFile, options: &Options) -> Result<(Self, String)> {
-        let (library, mut builder) = devices::builder(provider, options, file.info.in_integers())?;
-        let session = match &file.outside {
-            Some(path) => builder.commit_from_file(path),
-            None => builder.commit_from_memory(&file.bytes),
+        let (library, session) = Self::session(provider, file, options)?;
+        let mut engine = library.name();
+        let session = match session {
+            Ok(session) => session,
+            // onnxruntime computes on the CPU what a provider has no kernel for; whoever asked for the provider is told.
+            Err(_) if provider != Provider::Cpu => {
+                devices::probe(provider, options)?;
+                let (_, mut builder) = devices::builder(provider, options, file.info.in_integers())?;
+                engine += "; some of its operators on the CPU";
+                commit(&mut builder, file).map_err(|e| engine_error(&file.info.name, e))?
+            }
+            Err(e) => {
+                devices::probe(provider, options)?;
+                return Err(engine_error(&file.info.name, e));
+            }
         };
-        let session = session.map_err(|e| match devices::probe(provider, options) {
-            Ok(()) => engine_error(&file.info.name, e),
-            Err(unusable) => unusable,
-        })?;
         let info = &file.info;
         let inputs = info.inputs.iter().filter_map(|p| p.role.map(|role| (p.name.clone(), role))).collect();
         let output = info.outputs[info.output].name.clone();
         let image = info.image_shape();
         let (name, batch) = (info.name.clone(), info.batch);
-        Ok((Self { session, name, inputs, output, image, batch }, library.name()))
+        Ok((Self { session, name, inputs, output, image, batch }, engine))
+    }
+
+    /// A session on this provider alone; onnxruntime refuses that option for its CPU provider, which is the one to fall back to.
+    fn session(
+        provider: Provider,
+        file: &ModelFile,
+        options: &Options,
+    ) -> Result<(Library, ort::Result<Session>)> {
+        let (library, builder) = devices::builder(provider, options, file.info.in_integers())?;
+        let alone = match provider {
+            Provider::Cpu => Ok(builder),
+            _ => builder.with_disable_cpu_fallback().map_err(ort::Error::from),
+        };
+        Ok((library, alone.and_then(|mut builder| commit(&mut builder, file))))
     }
 
     /// Runs any number of images; returns the output as one array.
@@ -46,6 +69,13 @@ impl Ort {
         batch.in_parts(size.unwrap_or(batch.n), |part| {
             evaluate(session, inputs, output, *image, part).map_err(|e| engine_error(name, e))
         })
+    }
+}
+
+fn commit(builder: &mut SessionBuilder, file: &ModelFile) -> ort::Result<Session> {
+    match &file.outside {
+        Some(path) => builder.commit_from_file(path),
+        None => builder.commit_from_memory(&file.bytes),
     }
 }
 

@@ -202,21 +202,34 @@ fn open_auto(file: &ModelFile, options: &Options) -> Result<(Engine, Choice)> {
     let named = options.ort_lib.is_some(); // then it is to run the file
     let mut passed_over = Vec::new();
     let mut order = Vec::new();
+    #[cfg_attr(
+        not(feature = "ort"),
+        expect(unused_mut, reason = "only the search for its library takes it away")
+    )]
+    let mut cpu = Provider::Cpu.compiled();
+    // Loading the library takes longer than most models.
     #[cfg(feature = "ort")]
-    match crate::library::load(options.ort_lib.as_deref()) {
-        Ok(library) => {
-            if Provider::Cuda.compiled() && crate::devices::in_library(Provider::Cuda, &library).is_ok() {
-                order.push(Provider::Cuda);
+    if named || crate::library::wanted() {
+        match crate::library::load(options.ort_lib.as_deref()) {
+            Ok(library) => {
+                let cuda =
+                    Provider::Cuda.compiled() && crate::devices::in_library(Provider::Cuda, &library).is_ok();
+                order.extend(cuda.then_some(Provider::Cuda));
             }
-            order.push(Provider::Cpu);
+            Err(problem) if named => return Err(problem.for_provider(Provider::Cpu)),
+            Err(problem) => {
+                passed_over.push(format!("onnxruntime: {}", problem.reason));
+                cpu = false;
+            }
         }
-        Err(problem) if named => return Err(problem.for_provider(Provider::Cpu)),
-        Err(problem) => passed_over.push(format!("onnxruntime: {}", problem.reason)),
     }
-    if !named {
-        let on_gpu = usize::from(order.first() == Some(&Provider::Cuda));
-        order.insert(on_gpu, Provider::Engine);
-        order.extend(Provider::Tract.compiled().then_some(Provider::Tract));
+    if named {
+        order.extend(cpu.then_some(Provider::Cpu));
+    } else {
+        let tract = Provider::Tract.compiled();
+        order.push(Provider::Engine);
+        order.extend(cpu.then_some(Provider::Cpu));
+        order.extend(tract.then_some(Provider::Tract));
     }
     let mut failed = not_compiled(Provider::Cpu);
     for provider in order {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Library files where they usually lie, best first: next to the executable, `./lib`, the active Python environment,
+/// Library files where they usually lie, best first: next to the executable and in `lib` there, the active Python environment,
 /// other Python installations, the library path, system folders.
 pub fn candidates() -> Vec<PathBuf> {
     let executable = std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned));
@@ -22,8 +22,9 @@ pub(crate) fn version_in_name(name: &str) -> Option<String> {
 }
 
 fn search_folders(executable: Option<PathBuf>, variable: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> = executable.into_iter().collect();
-    folders.push("lib".into());
+    // Nothing relative to the current folder: it may be one that was downloaded.
+    let mut folders: Vec<PathBuf> =
+        executable.into_iter().flat_map(|dir| [dir.clone(), dir.join("lib")]).collect();
     let paths = |name: &str| {
         variable(name).map(|v| std::env::split_paths(&v).collect::<Vec<_>>()).unwrap_or_default()
     };
@@ -74,6 +75,13 @@ fn libraries_in(dir: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// Whether a library's folder has onnxruntime's CUDA provider.
+pub(crate) fn brings_cuda(library: &Path) -> bool {
+    let name =
+        if cfg!(windows) { "onnxruntime_providers_cuda.dll" } else { "libonnxruntime_providers_cuda.so" };
+    library.canonicalize().is_ok_and(|file| file.with_file_name(name).is_file())
+}
+
 fn entries(dir: &Path) -> Vec<PathBuf> {
     fs::read_dir(dir).map(|all| all.flatten().map(|e| e.path()).collect()).unwrap_or_default()
 }
@@ -111,6 +119,10 @@ mod tests {
         let newer = touch("venv/lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime.so.1.24.0");
         touch("venv/lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime_providers_shared.so");
         touch("other/bin/python3");
+        let below = touch("bin/lib/libonnxruntime.so");
+        assert!(!brings_cuda(&below));
+        touch("bin/lib/libonnxruntime_providers_cuda.so");
+        assert!(brings_cuda(&below));
         let beside = touch("bin/libonnxruntime.so.1.24.0");
         let plain = touch("bin/libonnxruntime.so");
         let folders = search_folders(Some(root.path().join("bin")), |name| match name {
@@ -120,6 +132,7 @@ mod tests {
         });
         let found: Vec<PathBuf> = folders.iter().flat_map(|dir| libraries_in(dir)).collect();
         let ours: Vec<&PathBuf> = found.iter().filter(|p| p.starts_with(root.path())).collect();
-        assert_eq!(ours, [&plain, &beside, &newer, &older, &other]);
+        assert_eq!(ours, [&plain, &beside, &below, &newer, &older, &other]);
+        assert!(folders.iter().all(|dir| dir.is_absolute()), "{folders:?}");
     }
 }

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use dmd_core::card::{INPUT_CLASS, INPUT_T, INPUT_X_T, INPUT_Z, Kind};
 use dmd_core::noise::{slerp, standard_normal};
 use dmd_core::pixels::{self, Image};
-use dmd_core::sampler::{Sampler, Trajectory};
+use dmd_core::sampler::{Sampler, TEACHER_STEPS, Trajectory};
 use dmd_core::schedule::Schedule;
 use dmd_engine::Input;
 use dmd_engine::message::Model;
@@ -13,9 +13,6 @@ use dmd_engine::message::Model;
 use crate::contract::Contract;
 use crate::engine::Engine;
 use crate::{Error, Result};
-
-/// Steps of a teacher where no other number is asked for.
-pub const TEACHER_STEPS: usize = 50;
 
 /// A model, ready to run.
 pub struct Generator {

@@ -6,9 +6,10 @@ use wasm_bindgen::prelude::*;
 
 use dmd_core::card::{Classes, ImageSpec, Kind, ModelCard};
 use dmd_core::pixels::Image;
+use dmd_core::sampler::TEACHER_STEPS;
 
 use crate::download::{download, response_of};
-use crate::generator::{Request, TEACHER_STEPS, Towards};
+use crate::generator::{Request, Towards};
 use crate::{Error, Result};
 
 #[wasm_bindgen(typescript_custom_section)]

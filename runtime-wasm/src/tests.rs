@@ -1,14 +1,13 @@
 //! The class `Generator` as JavaScript sees it, in Node.js: run by scripts/test-web with wasm-bindgen's test runner.
 //! The engine and the file format have their tests natively; what pages see is tested in `tests/web`.
 
+use dmd_assets::ONE_STEP_FASHION as MODEL;
 use js_sys::{Array, Function, JSON, Object, Reflect, Uint8Array, Uint8ClampedArray};
 use wasm_bindgen::prelude::*;
 use wasm_bindgen_test::wasm_bindgen_test;
 
 use crate::generator::{Request, Towards};
 use crate::js::Generator;
-
-const MODEL: &[u8] = include_bytes!("../../assets/one-step-fashion.onnx");
 
 fn property(object: &JsValue, name: &str) -> JsValue {
     Reflect::get(object, &JsValue::from(name)).expect("no object")

@@ -8,6 +8,7 @@ mod train;
 use std::path::Path;
 
 use candle_core::{Device, Tensor, Var};
+use dmd_assets::CLASSIFIER_FASHION;
 use dmd_core::net::shapes::{Summary, trace};
 use dmd_core::net::{Activation, Conv2d, GroupNorm, Linear, Ops, Pool};
 use serde::{Deserialize, Serialize};
@@ -23,14 +24,7 @@ use crate::weights;
 pub use train::{ClassifierArgs, cross_entropy, run};
 
 /// The classifier inside this program.
-const BUNDLED: Source = Source::Bundled(
-    "classifier-fashion",
-    &[
-        ("config.json", include_bytes!("../../../assets/classifier-fashion/config.json")),
-        ("card.json", include_bytes!("../../../assets/classifier-fashion/card.json")),
-        ("model.safetensors", include_bytes!("../../../assets/classifier-fashion/model.safetensors")),
-    ],
-);
+const BUNDLED: Source = Source::Bundled("classifier-fashion", CLASSIFIER_FASHION);
 /// `_class_name` in `config.json`.
 const CLASS_NAME: &str = "FeatureClassifier";
 /// Values of black and white at the input, whatever the range of the model that is judged.

@@ -16,6 +16,8 @@ const HEADER: u64 = 4 + 4 * 4;
 /// Bytes of a compressed file that surely hold the header.
 const HEAD: u64 = 1 << 12;
 /// How a gzip file begins.
+/// Bytes of data of the largest compressed file.
+const LARGEST: u64 = 1 << 32;
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 
 /// Images and their labels.
@@ -137,6 +139,10 @@ pub fn decompress(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
     content.by_ref().take(HEADER).read_to_end(&mut start).map_err(bad)?;
     let (sizes, data) = header(path, &start)?;
     let promised = sizes.iter().fold(1u64, |n, size| n.saturating_mul(*size as u64));
+    if promised > LARGEST {
+        let problem = format!("not an idx file: got sizes {sizes:?}, expected at most {LARGEST} bytes");
+        return Err(Error::content(path, problem));
+    }
     let rest = promised.saturating_sub(data.len() as u64).saturating_add(1);
     content.take(rest).read_to_end(&mut start).map_err(bad)?;
     Ok(start)
@@ -168,6 +174,9 @@ mod tests {
         assert_eq!(decompress(path, packed(&good)).unwrap(), good);
         let bomb = decompress(path, packed(&[&good[..], &[0; 1 << 20]].concat())).unwrap();
         assert_eq!(bomb.len(), 21, "the longest header and a byte");
+        let vast = [0, 0, 8, 2, 0, 1, 0, 0, 0, 1, 0, 1];
+        let refused = decompress(path, packed(&[&vast[..], &[0; 1 << 10]].concat())).unwrap_err().to_string();
+        assert!(refused.contains("got sizes [65536, 65537], expected at most 4294967296 bytes"), "{refused}");
         assert!(parse(path, &bomb).is_err());
         assert!(decompress(path, packed(&[0; 1 << 20])).is_err());
         let short = packed(&good);

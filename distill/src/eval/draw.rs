@@ -140,6 +140,9 @@ fn draw(
             done += size;
             progress.update(done as u64, "");
             if stop_requested() {
+                if let Some(pictures) = &pictures {
+                    write(&path, pictures)?;
+                }
                 return Err(Error::Interrupted(format!(
                     "stopped; finished images are kept in `{}`\n\nhint: the same command continues",
                     folder.display()

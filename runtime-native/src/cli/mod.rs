@@ -32,7 +32,7 @@ Output:
             --format npy or raw what is said above.
 
 onnxruntime is loaded from the file that --ort-lib or ORT_DYLIB_PATH names,
-else from the first of: the folder of this program, ./lib, the active Python
+else from the first of: the folder of this program, lib in it, the active Python
 environment, other Python installations, system folders. `dmd-run providers`
 shows what was found.
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
+use dmd_cli::files::{self, folder};
 use dmd_core::pixels::{Image, grid};
 use dmd_runtime_native::Images;
 use image::codecs::png::PngEncoder;
@@ -107,7 +108,7 @@ impl Output {
                 let mut sink = if stdout {
                     Sink::Stdout(BufWriter::new(std::io::stdout()))
                 } else {
-                    let file = temporary(folder(&path))?;
+                    let file = temporary(&path)?;
                     Sink::File(path, BufWriter::new(file))
                 };
                 if format == Format::Npy {
@@ -213,24 +214,21 @@ fn check_sheet(wish: &Wish) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Refuses a file that exists, unless it may be replaced.
+pub fn check_file(path: &Path, force: bool) -> anyhow::Result<()> {
+    if path.is_dir() {
+        bail!("`{}` is a directory, expected a file to write", path.display());
+    }
+    if !force && path.symlink_metadata().is_ok() {
+        bail!("`{}` exists already\n\nhint: name another file, or replace it with --force", path.display());
+    }
+    Ok(())
+}
+
 /// Looks once at the folder, whatever the number of files.
 fn check_files(path: &Path, count: usize, force: bool) -> anyhow::Result<()> {
-    let exists = |path: &Path| -> anyhow::Result<()> {
-        if path.is_dir() {
-            bail!("`{}` is a directory, expected a file to write", path.display());
-        }
-        if !force {
-            bail!(
-                "`{}` exists already\n\nhint: name another file with -o, or replace it with --force",
-                path.display()
-            );
-        }
-        Ok(())
-    };
     if count == 1 {
-        if path.symlink_metadata().is_ok() {
-            exists(path)?;
-        }
+        check_file(path, force)?;
     } else if let Ok(entries) = fs::read_dir(folder(path)) {
         for entry in entries.flatten() {
             let name = entry.file_name();
@@ -240,23 +238,22 @@ fn check_files(path: &Path, count: usize, force: bool) -> anyhow::Result<()> {
             if let Some(k) = number.filter(|k| *k < count)
                 && numbered(path, k, count).file_name() == Some(&name)
             {
-                exists(&numbered(path, k, count))?;
+                check_file(&numbered(path, k, count), force)?;
             }
         }
     }
-    temporary(folder(path)).map(drop)
+    temporary(path).map(drop)
 }
 
-fn save(path: &Path, bytes: &[u8], force: bool) -> anyhow::Result<()> {
-    let mut file = temporary(folder(path))?;
+/// Writes a file whole; what exists is replaced only with `force`.
+pub fn save(path: &Path, bytes: &[u8], force: bool) -> anyhow::Result<()> {
+    let mut file = temporary(path)?;
     file.write_all(bytes).with_context(|| cannot(path))?;
     persist(file, path, force)
 }
 
 fn persist(file: NamedTempFile, path: &Path, force: bool) -> anyhow::Result<()> {
-    let result = if force { file.persist(path) } else { file.persist_noclobber(path) };
-    result.map_err(|e| e.error).with_context(|| cannot(path))?;
-    Ok(())
+    files::place(file, path, force).with_context(|| cannot(path))
 }
 
 fn cannot(path: &Path) -> String {
@@ -277,19 +274,8 @@ fn suffix(path: &Path) -> String {
     path.extension().map(|e| format!(".{}", e.to_string_lossy())).unwrap_or_default()
 }
 
-fn folder(path: &Path) -> &Path {
-    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-fn temporary(folder: &Path) -> anyhow::Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".dmd-run-");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    if !fs::metadata(folder).is_ok_and(|m| m.is_dir()) {
-        bail!("cannot write into `{}`: it is not a directory", folder.display());
-    }
-    builder.tempfile_in(folder).with_context(|| format!("cannot write into `{}`", folder.display()))
+fn temporary(path: &Path) -> anyhow::Result<NamedTempFile> {
+    files::temporary(path).with_context(|| cannot(path))
 }
 
 fn color(channels: usize) -> anyhow::Result<ExtendedColorType> {

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use dmd_runtime_native::bench::peak_memory;
 use dmd_runtime_native::file::ModelInfo;
 use dmd_runtime_native::generator::{classes, evaluations, find_class, parts, steps};
@@ -10,7 +10,7 @@ use dmd_runtime_native::{Class, Generator, Interpolation, Options, Request};
 
 use serde::{Deserialize, Serialize};
 
-use super::output::{Output, Wish};
+use super::output::{Output, Wish, check_file, save};
 use super::progress::Progress;
 use crate::SampleArgs;
 
@@ -49,6 +49,12 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         evaluated += request.count as u64 * evaluations(&info, request)? as u64;
     }
     let count = requests.iter().map(|request| request.count).sum::<usize>();
+    if let Some(report) = &args.report {
+        if *report == args.output || args.model.as_ref() == Some(report) {
+            bail!("got `{}` for the report too, expected a file of its own", report.display());
+        }
+        check_file(report, args.force)?;
+    }
     let mut output = Output::plan(&Wish {
         path: &args.output,
         format: args.format,
@@ -105,7 +111,7 @@ pub fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     );
     if let Some(path) = &args.report {
         let text = serde_json::to_string_pretty(&report)? + "\n";
-        std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))?;
+        save(path, text.as_bytes(), args.force)?;
     }
     Ok(())
 }
