@@ -6,14 +6,16 @@ import sys
 
 import provenance
 
+TARGETS = pathlib.Path(__file__).resolve().parent.parent / "fuzz/targets"
 
 def main():
     """Reads, adds, writes."""
     source, target = map(pathlib.Path, sys.argv[1:])
-    targets = {}
+    empty = {"minutes": 0.0, "executions": 0, "findings": 0, "versions": [], "dates": []}
+    targets = {path.stem: dict(empty) for path in sorted(TARGETS.glob("*.rs"))}
     for line in source.read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
-        row = targets.setdefault(run["target"], {"minutes": 0.0, "executions": 0, "findings": 0, "versions": [], "dates": []})
+        row = targets.setdefault(run["target"], dict(empty))
         row["minutes"] = round(row["minutes"] + run["seconds"] / 60, 2)
         row["executions"] += run["executions"]
         row["findings"] += run["found"]
