@@ -270,7 +270,16 @@ fn the_adversarial_losses_match_pytorch_with_every_gradient() -> Result<()> {
             noise: step.noise("t_real", "eps_real")?,
         };
         let (loss, mut update) = work.generator_loss(&draws)?;
-        let critic = work.critic_loss(&CriticDraws { real: Some(real), ..step.critic()? }, &mut update)?;
+        let draws = CriticDraws { real: Some(real), ..step.critic()? };
+        // Of two critic updates the statistics are the mean.
+        let twice = DistillOptions { fake_updates: 2, ..options.clone() };
+        let twice = distillation(&twice, &base, &[&weights, &golden], engine)?;
+        let mut both = work.generator_loss(&step.generator()?)?.1;
+        twice.critic_loss(&draws, &mut both)?;
+        twice.critic_loss(&draws, &mut both)?;
+        step.figure(engine, "loss.critic", both.fake)?;
+        step.figure(engine, "loss.discrimination", both.discrimination)?;
+        let critic = work.critic_loss(&draws, &mut update)?;
         step.figure(engine, "loss.dm", update.dm)?;
         step.figure(engine, "loss.adversarial", update.adversarial)?;
         step.figure(engine, "loss.critic", update.fake)?;
@@ -299,6 +308,29 @@ fn the_discriminator_matches_pytorch_on_a_larger_bottleneck() -> Result<()> {
         let grads = logit.mean_all()?.backward()?;
         let got = flat(grads.get(&x_t).context("no gradient for x_t")?)?;
         compare_gradient(&what, "x_t", &got, &golden.f32("ddpm.gradient")?, 1e-4)?;
+    }
+    Ok(())
+}
+
+/// A learning rate holds for the updates that follow, of either network.
+#[test]
+fn learning_rates_hold_from_the_next_update() -> Result<()> {
+    let (base, golden) = (checkpoint("tiny-class")?, Golden::load("losses")?);
+    let options = options(&base)?;
+    let weights = |network: &Network| -> Result<Vec<f32>> {
+        let all = network.variables().iter().map(|(_, var)| flat(var)).collect::<Result<Vec<_>>>()?;
+        Ok(all.concat())
+    };
+    let mut work = distillation(&options, &base, &[&golden], Engine::Compositions)?;
+    let step = Step { golden: &golden, row: Some(0) };
+    for (rates, moves) in [([0.0, 1e-3], [false, true]), ([1e-3, 0.0], [true, false])] {
+        let before = [weights(&work.generator)?, weights(&work.fake)?];
+        work.set_rates(rates);
+        let mut update = work.update_generator(&step.generator()?)?;
+        work.update_critic(&step.critic()?, &mut update)?;
+        let after = [weights(&work.generator)?, weights(&work.fake)?];
+        let moved = [before[0] != after[0], before[1] != after[1]];
+        ensure!(moved == moves, "rates {rates:?}: generator and critic moved: {moved:?}");
     }
     Ok(())
 }

@@ -149,3 +149,38 @@ fn softplus(x: &Tensor) -> Result<Tensor> {
 pub fn denoising(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
     Ok((prediction - target)?.sqr()?.mean_all()?)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn images(values: &[f32]) -> Tensor {
+        Tensor::from_slice(values, (2, 1, 1, values.len() / 2), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn a_perfect_prediction_gives_the_image_back() {
+        let (x0, eps) = (images(&[0.5, -1.0, 0.25, 0.75]), images(&[1.5, 0.3, -0.7, -1.1]));
+        for kind in ["epsilon", "sample", "v_prediction"] {
+            let config = json!({"num_train_timesteps": 1000, "prediction_type": kind});
+            let schedule = Schedule::new(&serde_json::from_value(config).unwrap());
+            let levels = NoiseLevels::new(&schedule, &[30, 700], &Device::Cpu).unwrap();
+            let x_t = levels.noisy(&x0, &eps).unwrap();
+            let found = levels.x0(&x_t, &levels.target(&x0, &eps).unwrap()).unwrap();
+            let far = (found - &x0).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(far < 1e-5, "{kind}: {far}");
+        }
+    }
+
+    #[test]
+    fn pseudo_huber_is_a_parabola_near_zero_and_a_line_far_from_it() {
+        let zero = images(&[0.0; 8]);
+        for (step, expected) in [(0.0, 0.0), (HUBER, (2f64.sqrt() - 1.0) * HUBER), (100.0, 100.0 - HUBER)] {
+            let there = images(&[step as f32; 8]);
+            let loss = f64::from(pseudo_huber(&there, &zero).unwrap().to_scalar::<f32>().unwrap());
+            assert!((loss - expected).abs() < 1e-5 * (1.0 + expected), "{step}: {loss}, expected {expected}");
+        }
+    }
+}
