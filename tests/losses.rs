@@ -124,6 +124,15 @@ fn distillation<'a>(
     Ok(Distillation::new(options, base, Start::State(&state), &CPU)?.on(engine))
 }
 
+fn is_sum(loss: &Tensor, expected: f64) -> Result<()> {
+    let got = f64::from(loss.to_scalar::<f32>()?);
+    ensure!(
+        (got - expected).abs() < 1e-5 * expected.abs(),
+        "the loss is {got}, its parts sum up to {expected}"
+    );
+    Ok(())
+}
+
 #[test]
 fn the_three_losses_match_pytorch_with_every_gradient() -> Result<()> {
     let (base, golden) = (checkpoint("tiny-class")?, Golden::load("losses")?);
@@ -140,6 +149,7 @@ fn the_three_losses_match_pytorch_with_every_gradient() -> Result<()> {
         let gradient = flat(&work.matching_gradient(&update.x_gen, class, noise)?)?;
         compare_scaled("dm_gradient", &gradient, &golden.f32("once.dm_gradient")?, 1e-4, 0.0)?;
         let critic = work.critic_loss(&step.critic()?, &mut update)?;
+        is_sum(&loss, update.dm + 0.5 * update.reg)?;
         step.figure(engine, "loss.dm", update.dm)?;
         step.figure(engine, "loss.reg", update.reg)?;
         step.figure(engine, "loss.critic", update.fake)?;
@@ -273,13 +283,28 @@ fn the_adversarial_losses_match_pytorch_with_every_gradient() -> Result<()> {
         let draws = CriticDraws { real: Some(real), ..step.critic()? };
         // Of two critic updates the statistics are the mean.
         let twice = DistillOptions { fake_updates: 2, ..options.clone() };
-        let twice = distillation(&twice, &base, &[&weights, &golden], engine)?;
+        let mut twice = distillation(&twice, &base, &[&weights, &golden], engine)?;
         let mut both = work.generator_loss(&step.generator()?)?.1;
         twice.critic_loss(&draws, &mut both)?;
         twice.critic_loss(&draws, &mut both)?;
+        let mut once = distillation(&options, &base, &[&weights, &golden], engine)?;
+        let mut single = once.generator_loss(&step.generator()?)?.1;
+        once.update_critic(&draws, &mut single)?;
+        twice.set_rates([0.0, 0.0]);
+        let mut mean = twice.generator_loss(&step.generator()?)?.1;
+        twice.update_critic(&draws, &mut mean)?;
+        twice.update_critic(&draws, &mut mean)?;
+        ensure!(
+            (mean.fake_norm / single.fake_norm - 1.0).abs() < 1e-5,
+            "{} {}",
+            mean.fake_norm,
+            single.fake_norm
+        );
         step.figure(engine, "loss.critic", both.fake)?;
         step.figure(engine, "loss.discrimination", both.discrimination)?;
         let critic = work.critic_loss(&draws, &mut update)?;
+        is_sum(&loss, update.dm + 0.5 * update.adversarial)?;
+        is_sum(&critic, update.fake + 0.25 * update.discrimination)?;
         step.figure(engine, "loss.dm", update.dm)?;
         step.figure(engine, "loss.adversarial", update.adversarial)?;
         step.figure(engine, "loss.critic", update.fake)?;
@@ -332,6 +357,28 @@ fn learning_rates_hold_from_the_next_update() -> Result<()> {
         let moved = [before[0] != after[0], before[1] != after[1]];
         ensure!(moved == moves, "rates {rates:?}: generator and critic moved: {moved:?}");
     }
+    Ok(())
+}
+
+/// Between regression alone and matching only the generator's moments begin anew, with the warm-up.
+#[test]
+fn moments_are_forgotten_and_nothing_else() -> Result<()> {
+    let (base, golden) = (checkpoint("tiny-class")?, Golden::load("losses")?);
+    let options = options(&base)?;
+    let mut work = distillation(&options, &base, &[&golden], Engine::Compositions)?;
+    let step = Step { golden: &golden, row: Some(0) };
+    let mut update = work.update_generator(&step.generator()?)?;
+    work.update_critic(&step.critic()?, &mut update)?;
+    let before = work.state(&Tensors::new())?;
+    work.forget_moments()?;
+    for (name, tensor) in work.state(&Tensors::new())? {
+        let (now, then) = (flat(&tensor)?, flat(&before[&name])?);
+        match name.starts_with("generator_optimiser.") {
+            true => ensure!(now.iter().all(|v| *v == 0.0), "`{name}` is kept"),
+            false => ensure!(now == then, "`{name}` was changed"),
+        }
+    }
+    ensure!(flat(&before["generator_optimiser.updates"])? == [1.0], "no update was counted");
     Ok(())
 }
 
