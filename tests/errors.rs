@@ -389,7 +389,15 @@ fn requests_to_run() -> Result<()> {
     fs::create_dir(cwd.join("folder.png"))?;
     fs::write(cwd.join("plain.onnx"), identity(&["n", "1", "4", "4"], "y", DataType::Float, None))?;
     says(cwd, "dmd-run --grid -o x.npy", &["got --grid with `x.npy`, which holds no sheet"])?;
-    says(cwd, "dmd-run -o folder.png", &["`folder.png` is a directory, expected a file to write"])?;
+    says(
+        cwd,
+        "dmd-run -o folder.png",
+        &["`folder.png` is a directory or a device, expected a file to write"],
+    )?;
+    if cfg!(unix) {
+        let device = "dmd-run -o x.png --report /dev/null --force";
+        says(cwd, device, &["`/dev/null` is a directory or a device, expected a file to write"])?;
+    }
     says(
         cwd,
         "dmd-run plain.onnx --class all",

@@ -163,4 +163,27 @@ mod tests {
             assert!(name.parse::<Distance>().unwrap_err().contains("lpips:DIR"), "{name}");
         }
     }
+
+    #[test]
+    fn a_network_is_loaded_for_the_images_it_takes() {
+        let load = |name: &str, shape| {
+            Regression::load(&name.parse().unwrap(), shape, [-1.0, 1.0], &Device::Cpu)
+                .map_err(|e| e.to_string())
+        };
+        for name in ["l2", "huber"] {
+            assert_eq!(load(name, [4, 8, 8]).unwrap().cost().unwrap(), (0, 0));
+        }
+        let (macs, kept) = load("classifier", [1, 28, 28]).unwrap().cost().unwrap();
+        assert!(macs > 1_000_000 && kept > 28 * 28, "{macs} {kept}");
+        let refused = |name, shape| load(name, shape).err().unwrap();
+        assert!(
+            refused("classifier", [1, 32, 32]).starts_with("images have shape [1, 32, 32], the classifier")
+        );
+        assert!(
+            refused("lpips:missing", [4, 8, 8]).starts_with("images have 4 channels, LPIPS takes 1 or 3")
+        );
+        for channels in [1, 3] {
+            assert!(!refused("lpips:missing", [channels, 8, 8]).contains("channels"), "{channels}");
+        }
+    }
 }

@@ -216,8 +216,9 @@ fn check_sheet(wish: &Wish) -> anyhow::Result<()> {
 
 /// Refuses a file that exists, unless it may be replaced.
 pub fn check_file(path: &Path, force: bool) -> anyhow::Result<()> {
-    if path.is_dir() {
-        bail!("`{}` is a directory, expected a file to write", path.display());
+    // A device would be replaced by a file of its name.
+    if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        bail!("`{}` is a directory or a device, expected a file to write", path.display());
     }
     if !force && path.symlink_metadata().is_ok() {
         bail!("`{}` exists already\n\nhint: name another file, or replace it with --force", path.display());
