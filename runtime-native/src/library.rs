@@ -69,12 +69,12 @@ fn find(explicit: Option<&Path>) -> Result<Library, Missing> {
     }
 }
 
-/// Whether to load the library before it is needed: `ORT_DYLIB_PATH` names it, or it has CUDA beside it.
+/// Whether to load the library before it is needed: `ORT_DYLIB_PATH` names it, or one that is found has CUDA beside it.
 pub fn wanted() -> bool {
     #[cfg(feature = "ort-load")]
     {
         let named = std::env::var_os(PATH_VARIABLE).is_some_and(|v| !v.is_empty());
-        named || search::candidates().first().is_some_and(|path| search::brings_cuda(path))
+        named || search::candidates().iter().any(|path| search::brings_cuda(path))
     }
     #[cfg(not(feature = "ort-load"))]
     false

@@ -39,7 +39,7 @@ fn search_folders(executable: Option<PathBuf>, variable: impl Fn(&str) -> Option
     folders.extend(["/usr/local/lib", "/opt/homebrew/lib", "/usr/lib", "/usr/lib64"].map(PathBuf::from));
     folders.push(format!("/usr/lib/{}-linux-gnu", std::env::consts::ARCH).into());
     let mut seen = std::collections::HashSet::new();
-    folders.retain(|dir| seen.insert(dir.clone()));
+    folders.retain(|dir| dir.is_absolute() && seen.insert(dir.clone()));
     folders
 }
 
@@ -128,6 +128,7 @@ mod tests {
         let folders = search_folders(Some(root.path().join("bin")), |name| match name {
             "VIRTUAL_ENV" => Some(root.path().join("venv").into()),
             "PATH" => Some(root.path().join("other/bin").into()),
+            "LD_LIBRARY_PATH" => Some(".:lib:".into()),
             _ => None,
         });
         let found: Vec<PathBuf> = folders.iter().flat_map(|dir| libraries_in(dir)).collect();
