@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use dmd_tests::{binary, fixture, refused, repository, run_bin};
+use dmd_tests::{fixture, interrupt_distill, refused, repository, run_bin};
 use image::{GrayImage, Luma};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -452,23 +452,10 @@ fn ctrl_c_ends_with_130_and_says_how_to_go_on() -> Result<()> {
         (run, "run", "dmd-distill --resume run"),
         (teacher, "t", "continue with `dmd-distill teacher --resume t`"),
     ] {
-        let started = Command::new(binary("dmd-distill")?)
-            .args(line.split_whitespace())
-            .current_dir(cwd)
-            .stderr(std::process::Stdio::piped())
-            .spawn()?;
         let log = cwd.join(folder).join("stats.jsonl");
-        for _ in 0..6000 {
-            if log.exists() {
-                break;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
-        ensure!(Command::new("kill").args(["-INT", &started.id().to_string()]).status()?.success(), "kill");
-        let done = started.wait_with_output()?;
-        let stderr = String::from_utf8_lossy(&done.stderr);
-        ensure!(done.status.code() == Some(130), "{:?}: {stderr}", done.status);
-        ensure!(stderr.contains("stopped after step ") && stderr.contains(hint), "{stderr}");
+        let done = interrupt_distill(cwd, line.split_whitespace(), || log.exists())?;
+        ensure!(done.code == Some(130), "{done:?}");
+        ensure!(done.stderr.contains("stopped after step ") && done.stderr.contains(hint), "{done:?}");
     }
     Ok(())
 }

@@ -20,7 +20,8 @@ use dmd_distill::metrics::kid::{discrepancy, kid};
 use dmd_distill::metrics::neighbours::neighbours;
 use dmd_distill::network::{Tensors, initial_weights};
 use dmd_tests::seeded::uniform;
-use dmd_tests::{Finished, Golden, compare_scaled, refused, run_bin};
+use dmd_tests::{Finished, Golden, compare_scaled, interrupt_distill, refused, run_bin};
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
 fn near(what: &str, got: f64, expected: f64, relative: f64) -> Result<()> {
@@ -321,6 +322,17 @@ fn a_base_alone_has_no_student_and_its_images_are_kept() -> Result<()> {
     refused(&none, &["`--shard` draws the images of a teacher, and there is none"])?;
     ensure!(images("shares")? == images("whole")?, "shares and whole differ");
     ensure!(eval("300", "shares")? == eval("300", "whole")?, "scores of shares and whole differ");
+    // Ctrl-C keeps the batches that are done.
+    let line = "eval run/teacher --count 256 --steps 40 --shard 0/1 --cache";
+    let args = |cache| line.split(' ').chain([cache]).collect::<Vec<&str>>();
+    ensure!(distill(folder.path(), &args("at once"))?.code == Some(0), "not drawn");
+    let begun = || fs::read_dir(folder.path().join("stopped")).is_ok_and(|mut found| found.next().is_some());
+    let done = interrupt_distill(folder.path(), args("stopped"), begun)?;
+    ensure!(done.code == Some(130) && done.stderr.contains("finished images are kept"), "{done:?}");
+    let kept = SafeTensors::deserialize(&images("stopped")?[0])?.tensor("images")?.shape()[0];
+    ensure!(kept > 0 && kept < 256 && kept.is_multiple_of(64), "{kept} images were kept");
+    ensure!(distill(folder.path(), &args("stopped"))?.code == Some(0), "not continued");
+    ensure!(images("stopped")? == images("at once")?, "continued and drawn at once differ");
     fs::remove_dir_all(run.join("generator"))?;
     let done = distill(folder.path(), &["eval", "run", "--count", "70", "--steps", "1", "--cache", "parts"])?;
     ensure!(done.code == Some(0) && done.stdout.contains("teacher, 1 steps"), "{done:?}");

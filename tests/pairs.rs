@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
@@ -11,7 +10,7 @@ use dmd_core::noise;
 use dmd_distill::checkpoint::{Checkpoint, Source};
 use dmd_distill::options::Recipe;
 use dmd_distill::pairs;
-use dmd_tests::{Finished, binary, fixture, read_text, refused, run_bin};
+use dmd_tests::{Finished, binary, fixture, interrupt_distill, read_text, refused, run_bin};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -80,19 +79,9 @@ fn an_interrupted_computation_keeps_its_pairs() -> Result<()> {
         ("b", line, "`dmd-distill --resume run`"),
     ] {
         let args = line.split(' ').map(|word| if word == "BASE" { base.as_str() } else { word });
-        let mut command = Command::new(binary("dmd-distill")?);
-        command.args(args).current_dir(cwd).stderr(Stdio::piped());
-        let process = command.spawn()?;
-        let deadline = Instant::now() + Duration::from_secs(120);
-        while !cwd.join(out).join("pairs.json").exists() {
-            ensure!(Instant::now() < deadline, "no `pairs.json`");
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        ensure!(Command::new("kill").args(["-INT", &process.id().to_string()]).status()?.success(), "kill");
-        let done = process.wait_with_output()?;
-        let stderr = String::from_utf8_lossy(&done.stderr);
-        ensure!(done.status.code() == Some(130), "{:?}: {stderr}", done.status);
-        ensure!(stderr.contains("of 96 pairs are kept") && stderr.contains(hint), "{stderr}");
+        let done = interrupt_distill(cwd, args, || cwd.join(out).join("pairs.json").exists())?;
+        ensure!(done.code == Some(130), "{done:?}");
+        ensure!(done.stderr.contains("of 96 pairs are kept") && done.stderr.contains(hint), "{done:?}");
         let bytes = fs::read(cwd.join(out).join("shard-00000.safetensors"))?;
         let kept = SafeTensors::deserialize(&bytes)?.tensor("y")?.shape()[0];
         ensure!(kept > 0 && kept < 96 && kept.is_multiple_of(32), "{kept} pairs were kept");

@@ -8,7 +8,8 @@ pub mod seeded;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use dmd_core::compare::{Tolerance, close};
@@ -255,12 +256,42 @@ pub fn run_bin<A: AsRef<OsStr>>(
     cwd: &Path,
     args: impl IntoIterator<Item = A>,
 ) -> Result<Finished> {
-    let output = Command::new(binary(name)?)
+    finish(start_bin(name, cwd, args)?)
+}
+
+/// Ctrl-C for `dmd-distill` in the folder `cwd` as soon as `begun` holds.
+///
+/// # Errors
+/// If it does not hold within two minutes, or the program ended before; its own failure is in [`Finished::code`].
+pub fn interrupt_distill<A: AsRef<OsStr>>(
+    cwd: &Path,
+    args: impl IntoIterator<Item = A>,
+    begun: impl Fn() -> bool,
+) -> Result<Finished> {
+    let mut process = start_bin("dmd-distill", cwd, args)?;
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !begun() {
+        let running = process.try_wait()?.is_none() && Instant::now() < deadline;
+        ensure!(running, "never got to where it was to be interrupted: {:?}", finish(process)?);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    ensure!(Command::new("kill").args(["-INT", &process.id().to_string()]).status()?.success(), "kill");
+    finish(process)
+}
+
+fn start_bin<A: AsRef<OsStr>>(name: &str, cwd: &Path, args: impl IntoIterator<Item = A>) -> Result<Child> {
+    Command::new(binary(name)?)
         .args(args)
         .current_dir(cwd)
         .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot run `{name}` in `{}`", cwd.display()))?;
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run `{name}` in `{}`", cwd.display()))
+}
+
+fn finish(process: Child) -> Result<Finished> {
+    let output = process.wait_with_output()?;
     Ok(Finished {
         code: output.status.code(),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
