@@ -182,9 +182,6 @@ impl<'a> Distillation<'a> {
 
     /// Replaces the mean losses of this rank's images by those of the whole batch.
     fn average_losses(&self, update: &mut Update) {
-        if self.team.size() == 1 {
-            return;
-        }
         let weight = self.team.weight(self.options.batch);
         let Update { dm, reg, adversarial, fake, discrimination, .. } = update;
         let losses = [dm, reg, adversarial, fake, discrimination];
