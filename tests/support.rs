@@ -271,8 +271,10 @@ pub fn interrupt_distill<A: AsRef<OsStr>>(
     let mut process = start_bin("dmd-distill", cwd, args)?;
     let deadline = Instant::now() + Duration::from_secs(120);
     while !begun() {
-        let running = process.try_wait()?.is_none() && Instant::now() < deadline;
-        ensure!(running, "never got to where it was to be interrupted: {:?}", finish(process)?);
+        if process.try_wait()?.is_some() || Instant::now() > deadline {
+            process.kill()?;
+            bail!("never got to where it was to be interrupted: {:?}", finish(process)?);
+        }
         std::thread::sleep(Duration::from_millis(2));
     }
     ensure!(Command::new("kill").args(["-INT", &process.id().to_string()]).status()?.success(), "kill");
