@@ -39,7 +39,7 @@ fn distill(cwd: &Path, hub: &str, environment: &[(&str, &str)], arguments: &[&st
 
 /// A short run from a base to pictures: distil, export, sample.
 fn whole_way(cwd: &Path, hub: &str, base: &str) -> Result<()> {
-    let line = "--train-steps 2 --batch 2 --pairs 4 --pair-steps 2 --samples 1 --fake-updates 1 --out run";
+    let line = "--train-steps 1 --batch 2 --pairs 2 --pair-steps 2 --samples 1 --fake-updates 1 --out run";
     let arguments: Vec<&str> = ["--base", base].into_iter().chain(line.split(' ')).collect();
     let done = distill(cwd, hub, &[], &arguments)?;
     ensure!(done.code == Some(0), "{done:?}");
