@@ -1,4 +1,4 @@
-"""Sums up the runs that scripts/fuzz has noted, by target, for docs/results/."""
+"""Sums up the runs that scripts/fuzz has noted, by target, for docs/results/: those in the cache and those in the file already."""
 
 import json
 import pathlib
@@ -13,8 +13,11 @@ def main():
     source, target = map(pathlib.Path, sys.argv[1:])
     empty = {"minutes": 0.0, "executions": 0, "findings": 0, "versions": [], "dates": []}
     targets = {path.stem: dict(empty) for path in sorted(TARGETS.glob("*.rs"))}
-    for line in source.read_text(encoding="utf-8").splitlines():
-        run = json.loads(line)
+    # The cache may be another than the last time's.
+    runs = json.loads(target.read_text(encoding="utf-8"))["runs"] if target.exists() else []
+    noted = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    runs += [run for run in noted if run not in runs]
+    for run in runs:
         row = targets.setdefault(run["target"], dict(empty))
         row["minutes"] = round(row["minutes"] + run["seconds"] / 60, 2)
         row["executions"] += run["executions"]
@@ -26,7 +29,9 @@ def main():
     figures = {"targets": len(targets), "least_minutes": min(row["minutes"] for row in targets.values())}
     figures |= {"executions": sum(row["executions"] for row in targets.values()), "findings": sum(row["findings"] for row in targets.values())}
     result = provenance.about("fuzz", ["record", sys.argv[2]]) | {"figures": figures, "targets": dict(sorted(targets.items()))}
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(result | {"runs": None}, indent=1)
+    lines = ",\n".join("  " + json.dumps(run) for run in runs)
+    target.write_text(text.replace('"runs": null', f'"runs": [\n{lines}\n ]') + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
