@@ -22,6 +22,14 @@ const PICKLE_LIMIT: u64 = 1 << 26;
 /// besides, is no checkpoint.
 const RATIO: u64 = 16;
 const SPARE: u64 = 1 << 20;
+/// What begins the record at the end of a zip file, and what stands so many bytes before it if a zip64 record counts instead.
+const END: [u8; 4] = *b"PK\x05\x06";
+const LOCATOR: [u8; 4] = *b"PK\x06\x07";
+const LOCATOR_BYTES: usize = 20;
+/// Bytes from the end of a file, at least, in which its end record is looked for: the record and a comment of 2^16.
+const TAIL: usize = 1 << 17;
+/// Bytes that an entry takes in the directory of a zip file, at least.
+const ENTRY_BYTES: usize = 46;
 
 /// Why a file is of no use.
 #[derive(Debug)]
@@ -73,7 +81,17 @@ fn read_archive(bytes: &[u8]) -> Result<Tensors> {
     }
 }
 
+/// Opens a zip file that can hold as many entries as it announces: `ZipArchive` reserves memory for the announced ones (of a
+/// zip64 record only if there is room for them).
 fn open(bytes: &[u8]) -> Result<Archive<'_>> {
+    for at in bytes.len().saturating_sub(TAIL)..bytes.len() {
+        let Some((&END, record)) = bytes[at..].split_first_chunk() else { continue };
+        let Some(entries) = record.get(6..8).map(|n| u16::from_le_bytes([n[0], n[1]])) else { continue };
+        let counted = at.checked_sub(LOCATOR_BYTES).is_some_and(|at| bytes[at..].starts_with(&LOCATOR));
+        if usize::from(entries) > bytes.len() / ENTRY_BYTES && !(entries == u16::MAX && counted) {
+            return broken(format!("it announces {entries} files, more than it has room for"));
+        }
+    }
     let zip = ZipArchive::new(Cursor::new(bytes)).or_else(broken)?;
     Ok(Archive { zip, left: RATIO * bytes.len() as u64 + SPARE })
 }

@@ -184,3 +184,46 @@ fn names_and_keys_are_short() {
     let Err(Problem::Broken(problem)) = read(&file(&class)) else { panic!("a class of a megabyte") };
     assert!(problem.contains("name without end"), "{problem}");
 }
+
+/// `ZipArchive` would reserve memory for all of them.
+#[test]
+fn more_files_than_have_room_are_refused_by_every_end_record() {
+    let good = file(&dict(&tensor(0, &[6], &[1])));
+    let end = good.len() - 22;
+    let with_count = |record: &[u8], count: u16| {
+        let mut record = record.to_vec();
+        record[8..10].copy_from_slice(&count.to_le_bytes());
+        record[10..12].copy_from_slice(&count.to_le_bytes());
+        record
+    };
+    let entries = &good[..end];
+    let record = &good[end..];
+    let locator = [b"PK\x06\x07\0\0\0\0".as_slice(), &(end as u64).to_le_bytes(), &[1, 0, 0, 0]].concat();
+    let zip64 = {
+        let at = |range: std::ops::Range<usize>| u32::from_le_bytes(record[range].try_into().unwrap());
+        let fixed = [b"PK\x06\x06".as_slice(), &44u64.to_le_bytes(), &[45, 0, 45, 0], &[0; 8]].concat();
+        let numbers = [2, 2, u64::from(at(12..16)), u64::from(at(16..20))].map(u64::to_le_bytes);
+        [fixed, numbers.concat()].concat()
+    };
+    for accepted in [
+        [entries, &zip64, &locator, &with_count(record, u16::MAX)].concat(),
+        [entries, &with_count(record, 2)].concat(),
+    ] {
+        assert_eq!(read(&accepted).unwrap()["w"].dims(), [6]);
+    }
+    for refused in [
+        [entries, &with_count(record, u16::MAX)].concat(),
+        [entries, &with_count(record, good.len() as u16 / 46 + 1)].concat(),
+        [entries, &zip64, &locator, &with_count(record, u16::MAX - 1)].concat(),
+        [entries, &with_count(record, u16::MAX), &with_count(record, 2)].concat(),
+        [entries, &with_count(record, u16::MAX), &[0; 1 << 16]].concat(),
+    ] {
+        let Err(Problem::Broken(problem)) = read(&refused) else { panic!("a file without room was read") };
+        assert!(problem.contains("more than it has room for"), "{problem}");
+    }
+    let mut many = zip64;
+    many[24..32].copy_from_slice(&(1u64 << 40).to_le_bytes());
+    many[32..40].copy_from_slice(&(1u64 << 40).to_le_bytes());
+    let many = [entries, &many, &locator, &with_count(record, u16::MAX)].concat();
+    assert!(matches!(read(&many), Err(Problem::Broken(_))), "2^40 files, said by a zip64 record");
+}
