@@ -160,6 +160,20 @@ fn damaged(folder: &Path, file: &str, change: impl FnOnce(Vec<u8>) -> Option<Vec
 const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
 #[test]
+fn images_that_are_not_finite_are_not_drawn() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let base = damaged(folder.path(), WEIGHTS, |mut bytes| {
+        let header = bytes.first_chunk().map_or(0, |length| 8 + u64::from_le_bytes(*length) as usize);
+        bytes[header..].as_chunks_mut().0.fill(1e30f32.to_le_bytes());
+        Some(bytes)
+    })?;
+    let done = distill(folder.path(), &["sample", &base, "--count", "2", "--steps", "2", "-o", "x.png"])?;
+    refused(&done, &["image 0 of seed 0 came out as NaN, expected numbers"])?;
+    ensure!(!folder.path().join("x.png").exists(), "drawn nevertheless");
+    Ok(())
+}
+
+#[test]
 fn a_damaged_base_is_refused_by_file_and_tensor() -> Result<()> {
     let replace = |from: &'static str, to: &'static str| {
         move |bytes: Vec<u8>| Some(String::from_utf8_lossy(&bytes).replace(from, to).into_bytes())

@@ -195,7 +195,11 @@ fn pytorch_files() -> Result<()> {
     refuses(file(&tensors("FloatStorage", 5))?, &["its tensors overlap"])?;
     refuses(zip(&[("readme", b"x")])?, &["there is no data.pkl in it"])?;
     refuses(zip(&[("a.pth", &zip(&[("x", b"x")])?)])?, &["there is no data.pkl in the file inside it"])?;
-    refuses(zip(&[("a.pth", b"x"), ("b.pth", b"x")])?, &["it holds several models: `a.pth`, `b.pth`"])
+    refuses(zip(&[("a.pth", b"x"), ("b.pth", b"x")])?, &["it holds several models: `a.pth`, `b.pth`"])?;
+    let mut crowded = zip(&[("x", b"x")])?;
+    let counts = crowded.len() - 14..crowded.len() - 10; // on this disk and in all
+    crowded[counts].fill(255);
+    refuses(crowded, &["it announces 65535 files, more than it has room for"])
 }
 
 /// MNIST's training files with these contents.
@@ -240,7 +244,13 @@ fn data_sets() -> Result<()> {
     let classifier = "dmd-distill classifier --data split --out c";
     says(cwd, &format!("{classifier} --shape 1x2"), &["expected three numbers as in 3x32x32"])?;
     says(cwd, &format!("{classifier} --shape 1x28x20"), &["images are 28x20, expected squares"])?;
-    says(cwd, &format!("{classifier} --shape 1x28x28 --lr 2"), &["`--lr` must lie between 0 and 1"])
+    says(cwd, &format!("{classifier} --shape 1x28x28 --lr 2"), &["`--lr` must lie between 0 and 1"])?;
+    for part in ["split/train/other", "split/test/other"] {
+        fs::create_dir_all(cwd.join(part))?;
+        GrayImage::from_pixel(4, 4, Luma([90])).save(cwd.join(part).join("b.png"))?;
+    }
+    let problem = ["got `--batch 64`, expected at most the 2 training images of `split`"];
+    says(cwd, &format!("{classifier} --shape 1x28x28"), &problem)
 }
 
 #[test]
@@ -254,6 +264,7 @@ fn options_of_distill() -> Result<()> {
         &["`--count` must be at least 1 and `--steps` from 1 to 1000"],
     )?;
     says(cwd, "dmd-distill sample ./base --count 0", &["`--count` must be at least 1"])?;
+    says(cwd, "dmd-distill sample ./base -o s.jpg", &["s.jpg", "the name of a picture must end in `.png`"])?;
     says(
         cwd,
         "dmd-distill --base ./base --config fast",

@@ -145,7 +145,7 @@ fn files(path: &Path, all: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// Every file that has its final name is whole. Names that begin with a dot and folders `*.partial` are what was being written.
+/// Every file that has its final name is whole. Names that begin with a dot are what was being written.
 fn whole(folder: &Path) -> Result<usize> {
     let (mut all, mut checked) = (Vec::new(), 0);
     if folder.exists() {
@@ -153,7 +153,7 @@ fn whole(folder: &Path) -> Result<usize> {
     }
     for path in all {
         let names = || path.strip_prefix(folder).into_iter().flatten().map(|name| name.to_string_lossy());
-        if names().any(|name| name.starts_with('.') || name.ends_with(".partial")) {
+        if names().any(|name| name.starts_with('.')) {
             continue;
         }
         let bytes = fs::read(&path)?;

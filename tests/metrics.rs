@@ -442,9 +442,10 @@ fn other_data_is_judged_by_a_classifier_of_its_own() -> Result<()> {
             image::GrayImage::from_fn(12, 12, value).save(inside.join(format!("{i:02}.png")))?;
         }
     }
+    fs::create_dir(folder.path().join("own.partial"))?;
     let line = "classifier --data shapes --shape 1x12x12 --out own --epochs 6 --batch 16 --seed 1";
     let done = distill(folder.path(), &line.split(' ').collect::<Vec<_>>())?;
-    ensure!(done.code == Some(0), "{done:?}");
+    ensure!(done.code == Some(0) && folder.path().join("own.partial").is_dir(), "{done:?}");
     let card: Value = serde_json::from_slice(&fs::read(folder.path().join("own/card.json"))?)?;
     ensure!(card["classes"] == json!(["bars", "dots"]) && card["name"] == "classifier", "{card}");
     ensure!(card["metrics"]["test_accuracy"].as_f64().is_some_and(|share| share > 0.9), "{card}");

@@ -88,7 +88,11 @@ fn a_run_that_rolls_back_is_continued_alike() -> Result<()> {
         ensure!(after.code == Some(0) && rolled_back(&before) + rolled_back(&after) == 4, "{after:?}");
         same(folder.path(), ["whole", out])?;
     }
-    Ok(())
+    // Killed between the last state and the generator.
+    fs::remove_dir_all(folder.path().join("late/generator"))?;
+    let after = distill(folder.path(), &["--resume", "late"])?;
+    ensure!(after.code == Some(0) && after.stderr.contains("the samples collapsed 4 times"), "{after:?}");
+    same(folder.path(), ["whole", "late"])
 }
 
 /// Real images of 12 by 12 pixels in a folder per class.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::path::Path;
 
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 
 /// How the names of files begin that are being written.
 pub const TEMPORARY: &str = ".dmd-";
@@ -26,11 +26,28 @@ pub fn temporary(path: &Path) -> Result<NamedTempFile> {
             format!("`{}` is not a directory", folder.display()),
         ));
     }
+    builder(0o666).tempfile_in(folder)
+}
+
+/// An empty folder beside `path`, under another name; it vanishes with all that is in it unless it is renamed.
+///
+/// # Errors
+/// A folder that cannot be made or written into.
+pub fn temporary_folder(path: &Path) -> Result<TempDir> {
+    let folder = folder(path);
+    std::fs::create_dir_all(folder)?;
+    builder(0o777).tempdir_in(folder)
+}
+
+/// What is made has the permissions of anything new.
+fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(TEMPORARY);
     #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(folder)
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
+    #[cfg(not(unix))]
+    let _ = mode;
+    builder
 }
 
 /// Flushes the file to the disk and gives it its name; what has the name is replaced only if `replace`.

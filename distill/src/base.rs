@@ -239,7 +239,7 @@ fn from_file(path: &Path) -> Result<Checkpoint> {
     let found = weights::read_file(path, files::read(path)?)?;
     let size = |name: &str, axis| weights::size(&found.tensors, name, axis);
     let (config, steps, beta_end) = if let Some(n_feat) = size("init_conv.conv1.0.weight", 0) {
-        let n_steps = size("alphabar_t", 0).map_or(400, |steps| steps - 1);
+        let n_steps = size("alphabar_t", 0).map_or(400, |steps| steps.saturating_sub(1));
         let config = json!({
             "_class_name": "ContextUnet", "n_feat": n_feat, "n_steps": n_steps,
             "in_channels": size("init_conv.conv1.0.weight", 1),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use dmd_assets::Files;
+use dmd_cli::files::temporary_folder;
 use dmd_core::card::{Classes, GeneratorConfig, Provenance};
 use dmd_core::config::ModelConfig;
 use dmd_core::net::{OneStep, shapes};
@@ -143,17 +144,16 @@ impl Checkpoint {
     /// Writes a new checkpoint folder: everything into a folder beside it, then renamed into place. A folder that is
     /// already there is replaced only after the new one is complete.
     pub fn save(&self, folder: &Path) -> Result<()> {
-        let partial = folder.with_extension("partial");
-        let _ = std::fs::remove_dir_all(&partial);
-        std::fs::create_dir_all(&partial).map_err(Error::file("create", &partial))?;
-        write_json(&partial.join("config.json"), &self.config)?;
-        write_json(&partial.join("scheduler_config.json"), &self.schedule)?;
-        write_json(&partial.join("card.json"), &self.provenance)?;
+        let partial = temporary_folder(folder).map_err(Error::file("create", folder))?;
+        let inside = |name: &str| partial.path().join(name);
+        write_json(&inside("config.json"), &self.config)?;
+        write_json(&inside("scheduler_config.json"), &self.schedule)?;
+        write_json(&inside("card.json"), &self.provenance)?;
         if let Some(generator) = &self.generator {
-            write_json(&partial.join("generator.json"), generator)?;
+            write_json(&inside("generator.json"), generator)?;
         }
-        write_tensors(&partial.join(weights::NAMES[0]), &self.tensors, &[])?;
-        files::replace_folder(&partial, folder)
+        write_tensors(&inside(weights::NAMES[0]), &self.tensors, &[])?;
+        files::replace_folder(partial.path(), folder)
     }
 
     /// The constants of the one-step generator; an error if this is a base.

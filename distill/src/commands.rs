@@ -414,6 +414,9 @@ pub fn pairs(args: &PairsArgs, team: &Team) -> Result<bool> {
 pub fn sample(args: &SampleArgs) -> Result<()> {
     let target = device::parse(&args.device)?;
     let checkpoint = load_any(&args.model)?;
+    if args.output.extension().is_none_or(|extension| extension != "png") {
+        return Err(Error::content(&args.output, "the name of a picture must end in `.png`"));
+    }
     if args.output.exists() && !args.force {
         return Err(Error::content(&args.output, "it exists already\n\nhint: add `--force` to replace it"));
     }
@@ -449,6 +452,7 @@ pub fn sample(args: &SampleArgs) -> Result<()> {
             Some(constants) => one_step(&network, constants, &request)?,
             None => sampler::sample(&network, &schedule, &request, &sampling)?,
         };
+        request.check_finite(&x)?;
         shown.extend(images(&x, checkpoint.config.range())?);
     }
     save_grid(&args.output, &shown, 10, 2)?;

@@ -36,7 +36,7 @@ pub fn replace_folder(new: &Path, folder: &Path) -> Result<()> {
     if !folder.exists() {
         fs::rename(new, folder).map_err(Error::file("write", folder))?;
     } else if exchange(new, folder) {
-        let _ = fs::remove_dir_all(new);
+        let _ = fs::remove_dir_all(new); // the old one, a nuisance at most
     } else {
         let old = folder.with_extension("old");
         let _ = fs::remove_dir_all(&old);

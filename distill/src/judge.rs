@@ -19,7 +19,7 @@ const REFERENCE: usize = 2000;
 /// Images of a look without a metric, where there are no classes.
 const FEW: usize = 16;
 /// Steps of the teacher for its look.
-const TEACHER_STEPS: usize = 25;
+const REFERENCE_STEPS: usize = 25;
 /// Images drawn at once.
 const BATCH: usize = 64;
 
@@ -61,7 +61,7 @@ impl<'a> Judge<'a> {
         let count = self.classes.map_or(FEW, |classes| 2 * classes);
         let schedule = Schedule::new(&base.schedule);
         let teacher = Network::frozen(&base.config, &base.tensors, &self.device)?;
-        let steps = TEACHER_STEPS.min(schedule.num_train_timesteps());
+        let steps = REFERENCE_STEPS.min(schedule.num_train_timesteps());
         let guidance = Guidance::new(self.options.guidance, base.provenance.classes.as_ref())?;
         let sampling = Sampling { guidance, ..Sampling::ddim(steps) };
         self.look_at(&sample(&teacher, &schedule, &self.request(count), &sampling)?, count)

@@ -51,12 +51,13 @@ impl Lock {
     }
 }
 
-/// Removes files that were being written when their process ended.
+/// Removes files and folders that were being written when their process ended.
 fn sweep(folder: &Path) {
     for sub in WRITTEN {
         for entry in fs::read_dir(folder.join(sub)).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
-                let _ = fs::remove_file(entry.path()); // a nuisance at most
+                // A nuisance at most.
+                let _ = fs::remove_file(entry.path()).or_else(|_| fs::remove_dir_all(entry.path()));
             }
         }
     }
@@ -83,8 +84,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let half = folder.path().join(format!("{TEMPORARY}abc"));
         fs::write(&half, "half").unwrap();
+        let folders = folder.path().join(format!("{TEMPORARY}abd"));
+        fs::create_dir_all(folders.join("more")).unwrap();
         let lock = Lock::take(folder.path())?;
-        assert!(!half.exists(), "what was half written is still there");
+        assert!(!half.exists() && !folders.exists(), "what was half written is still there");
         let error = Lock::take(folder.path()).err().unwrap().to_string();
         let owner = format!("process {}", std::process::id());
         assert!(error.contains(&owner) && error.contains("hint: wait"), "{error}");

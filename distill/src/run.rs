@@ -8,6 +8,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
+use dmd_cli::files::temporary_folder;
 use dmd_core::pixels::{Image, grid, to_image};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -52,23 +53,15 @@ impl Run {
                 "it exists already\n\nhint: choose another `--out`, or continue the run there with `--resume`",
             ));
         }
-        let partial = folder.with_file_name(match folder.file_name() {
-            Some(name) => format!(".{}.{}.partial", name.to_string_lossy(), std::process::id()),
-            None => return Err(Error::content(&folder, "it is no name of a folder")),
-        });
-        let _ = fs::remove_dir_all(&partial);
-        fs::create_dir_all(&partial).map_err(Error::file("create", &partial))?;
-        let mut run = Self { folder: partial.clone(), lock: None };
-        let written = prepare(&partial).and_then(|()| {
-            run.save_options(options)?;
-            run.lock = Some(Lock::take(&partial)?);
-            Ok(())
-        });
-        if written.is_err() {
-            let _ = fs::remove_dir_all(&partial);
+        if folder.file_name().is_none() {
+            return Err(Error::content(&folder, "it is no name of a folder"));
         }
-        written?;
-        while let Err(e) = fs::rename(&partial, &folder) {
+        let partial = temporary_folder(&folder).map_err(Error::file("create", &folder))?;
+        let mut run = Self { folder: partial.path().to_owned(), lock: None };
+        prepare(partial.path())?;
+        run.save_options(options)?;
+        run.lock = Some(Lock::take(partial.path())?);
+        while let Err(e) = fs::rename(partial.path(), &folder) {
             // Another run may have taken the name meanwhile.
             match out {
                 None if folder.exists() => folder = free_name(Path::new("runs"), name)?,

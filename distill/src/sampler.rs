@@ -6,7 +6,7 @@ use dmd_core::noise;
 use dmd_core::sampler::{Sampler, Trajectory};
 use dmd_core::schedule::Schedule;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::network::{Guidance, Network};
 
 /// Images that are asked for: noise contract `dmd-noise-1` with a class per image.
@@ -43,6 +43,14 @@ impl Request {
     /// The classes as a tensor `[images]`.
     pub fn class_tensor(&self, device: &Device) -> Result<Option<Tensor>> {
         self.classes.as_ref().map(|c| Ok(Tensor::new(c.as_slice(), device)?)).transpose()
+    }
+
+    /// Refuses images `[images, c, h, w]` that are no numbers, as weights of no sense make them.
+    pub fn check_finite(&self, x: &Tensor) -> Result<()> {
+        let values = x.flatten_all()?.to_vec1::<f32>()?;
+        let Some(at) = values.iter().position(|v| !v.is_finite()) else { return Ok(()) };
+        let (k, seed, value) = (self.images[at * self.images.len() / values.len()], self.seed, values[at]);
+        Err(Error::Request(format!("image {k} of seed {seed} came out as {value}, expected numbers")))
     }
 }
 

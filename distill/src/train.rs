@@ -161,7 +161,7 @@ fn all() -> f64 {
 impl DistillOptions {
     /// All updates of the generator.
     pub fn all_steps(&self) -> u64 {
-        self.reg_steps + self.train_steps
+        self.reg_steps.saturating_add(self.train_steps)
     }
 
     /// Whether update number `step` has the regression loss.
@@ -309,8 +309,9 @@ pub fn train(run: &Run, options: &DistillOptions, device: &Device, team: &Team) 
     }
 
     let mut progress = Progress::new("distil", step, options.all_steps());
-    let (mut shown, mut collapsed) = (String::new(), false);
-    while step < options.all_steps() {
+    // A run that ended by collapse may have been killed before its generator was written.
+    let (mut shown, mut collapsed) = (String::new(), monitor.rollbacks > ROLLBACKS);
+    while step < options.all_steps() && !collapsed {
         if step == options.reg_steps && step > 0 {
             work.forget_moments()?;
         }

@@ -54,8 +54,6 @@ pub(crate) struct Built {
 pub(crate) struct Flow {
     pub(crate) value: usize,
     pub(crate) shape: Vec<usize>,
-    /// Whether nothing but this name's readers reads the value.
-    pub(crate) alone: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -68,10 +66,15 @@ pub(crate) enum Value {
 #[derive(Default)]
 pub(crate) struct Builder {
     names: HashMap<String, Value>,
-    uses: HashMap<String, usize>,
+    /// How many nodes read a name, and graph outputs.
+    readers: HashMap<String, usize>,
+    /// How many of them are still to come.
+    left: HashMap<String, usize>,
     steps: Vec<Option<Step>>,
     /// Which step computes a value.
     producers: Vec<Option<usize>>,
+    /// Whether a value is read under several names.
+    shared: Vec<bool>,
     sizes: Vec<usize>,
     /// Stored numbers that nodes have read so far; each may keep them in a form of its own.
     read: usize,
@@ -124,8 +127,9 @@ pub(crate) fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<
         .flat_map(|node| &node.input)
         .chain(outputs.iter().map(|&o| o.to_owned()).collect::<Vec<_>>().iter())
     {
-        *builder.uses.entry(name.clone()).or_default() += 1;
+        *builder.readers.entry(name.clone()).or_default() += 1;
     }
+    builder.left = builder.readers.clone();
     for node in nodes {
         let before = builder.sizes.len();
         builder.read(&node);
@@ -167,7 +171,8 @@ impl Builder {
     fn value(&mut self, shape: Vec<usize>, producer: Option<usize>) -> Flow {
         self.sizes.push(count(&shape).unwrap_or(usize::MAX));
         self.producers.push(producer);
-        Flow { value: self.sizes.len() - 1, shape, alone: true }
+        self.shared.push(false);
+        Flow { value: self.sizes.len() - 1, shape }
     }
 
     /// Counts the stored numbers that a node reads.
@@ -185,9 +190,9 @@ impl Builder {
         self.names.insert(name.clone(), value);
         // Weights are not kept longer than their last reader needs them.
         for input in &node.input {
-            if let Some(uses) = self.uses.get_mut(input) {
-                *uses -= 1;
-                if *uses == 0 {
+            if let Some(left) = self.left.get_mut(input) {
+                *left -= 1;
+                if *left == 0 {
                     self.names.remove(input);
                 }
             }
@@ -263,24 +268,24 @@ impl Builder {
         flow
     }
 
-    /// The same value in another shape.
-    pub(crate) fn reshaped(&self, node: &Node, flow: Flow, shape: Vec<usize>) -> Result<Flow> {
+    /// The input number 0 in another shape.
+    pub(crate) fn reshaped(&mut self, node: &Node, flow: Flow, shape: Vec<usize>) -> Result<Flow> {
         if count(&shape) != count(&flow.shape) {
             return Err(node.wrong(format!("got {shape:?} for a value of shape {:?}", flow.shape)));
         }
-        let alone = flow.alone && self.readers(node, 0) == 1;
-        Ok(Flow { value: flow.value, shape, alone })
+        self.shared[flow.value] |= self.readers(node, 0) != 1;
+        Ok(Flow { value: flow.value, shape })
     }
 
-    /// How many nodes, from this one on, read the input number `index`, and graph outputs.
+    /// How many nodes read the input number `index`, before this one or after it, and graph outputs.
     fn readers(&self, node: &Node, index: usize) -> usize {
-        node.input.get(index).and_then(|name| self.uses.get(name)).copied().unwrap_or(0)
+        node.input.get(index).and_then(|name| self.readers.get(name)).copied().unwrap_or(0)
     }
 
     /// The step that computes an input, if `readers` are all that read it.
     fn producer(&mut self, node: &Node, index: usize, readers: usize) -> Option<&mut Step> {
         let Ok(Some(Value::Flow(flow))) = self.optional(node, index) else { return None };
-        if !flow.alone || self.readers(node, index) != readers {
+        if self.shared[flow.value] || self.readers(node, index) != readers {
             return None;
         }
         self.steps[self.producers[flow.value]?].as_mut()
@@ -320,8 +325,8 @@ impl Builder {
             if let Some(sigmoid) = self.producers[gated.value] {
                 self.steps[sigmoid] = None;
             }
-            // The sigmoid was the other reader.
-            if let Some(step) = self.producer(node, x, 1) {
+            // The sigmoid is the other reader.
+            if let Some(step) = self.producer(node, x, 2) {
                 match &mut step.operator {
                     Operator::GroupNorm(norm) if !norm.silu => norm.silu = true,
                     Operator::Affine { silu, .. } if !*silu => *silu = true,
@@ -330,7 +335,7 @@ impl Builder {
                         return Some(self.step(node, silu, vec![Operand::Value(flow.value)], flow.shape));
                     }
                 }
-                return Some(Flow { alone: true, ..flow });
+                return Some(flow);
             }
             let silu = Operator::Unary(Unary::Silu);
             return Some(self.step(node, silu, vec![Operand::Value(flow.value)], flow.shape));

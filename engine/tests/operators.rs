@@ -212,21 +212,34 @@ fn group_norm_is_the_same_alone_and_fused() -> Result<()> {
     let shape = [2, channels, 4, 5];
     assert_close("fused", &run(&shape, &x, nodes("y"), stored())?.1, &expected);
 
-    let mut apart = nodes("silu");
-    apart.push(node("Reshape", &["normal", "image"], "again"));
-    apart.push(node("Add", &["silu", "again"], "y"));
-    let sum: Vec<f64> = expected.iter().zip(&normal).map(|(a, b)| a + b).collect();
-    assert_close("apart", &run(&shape, &x, apart, stored())?.1, &sum);
-
-    let mut gated = nodes("silu");
-    gated.push(node("Add", &["silu", "s"], "y"));
-    let gate: Vec<f64> = (0..x.len())
-        .map(|i| {
-            let c = i / pixels % channels;
-            expected[i] + sigmoid(normal[i] * f64::from(weight[c]) + f64::from(bias[c]))
-        })
+    // Whatever else reads one of these values, before or after the last of these nodes, and under whatever name.
+    let all = stored();
+    let affine: Vec<f64> = (normal.iter().enumerate())
+        .map(|(i, v)| v * f64::from(weight[i / pixels % channels]) + f64::from(bias[i / pixels % channels]))
         .collect();
-    assert_close("gated", &run(&shape, &x, gated, stored())?.1, &gate);
+    let gate: Vec<f64> = affine.iter().map(|v| sigmoid(*v)).collect();
+    for (value, values) in [("normal", &normal), ("i", &normal), ("n", &affine), ("s", &gate)] {
+        let made = nodes("silu").iter().position(|node| node.output[0] == value).expect("a node") + 1;
+        for at in made..=nodes("silu").len() {
+            for alias in [false, true] {
+                let mut graph = nodes("silu");
+                graph.insert(at, node("Neg", &[if alias { "alias" } else { value }], "negative"));
+                graph.push(node("Reshape", &["negative", "image"], "other"));
+                graph.push(node("Add", &["silu", "other"], "y"));
+                if alias {
+                    for reader in &mut graph[made..at] {
+                        let names = reader.input.iter_mut().filter(|name| *name == value);
+                        names.for_each(|name| *name = "alias".to_owned());
+                    }
+                    graph.insert(made, node("Cast", &[value], "alias"));
+                    graph[made].attribute = vec![int("to", i64::from(data_type::FLOAT))];
+                }
+                let sum: Vec<f64> = expected.iter().zip(values).map(|(a, b)| a - b).collect();
+                let what = format!("{value} read at {at}, under another name: {alias}");
+                assert_close(&what, &run(&shape, &x, graph, all.clone())?.1, &sum);
+            }
+        }
+    }
     Ok(())
 }
 

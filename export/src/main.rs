@@ -128,9 +128,10 @@ fn run(arguments: &Arguments) -> Result<()> {
             let bytes = golden::file(&checkpoint, &exported).with_context(cannot)?;
             files.push(File { path: golden_path, bytes });
         }
+        let apart = exported.data.is_some();
         files.extend(exported.data.map(|bytes| File { path: data_path, bytes }));
         files.push(File { path: out.clone(), bytes: exported.bytes });
-        write(&files, arguments.force)?;
+        write(&files, arguments.force, apart)?;
         for file in files.iter().rev() {
             dmd_cli::say!("  wrote {} ({:.2} MB)", file.path.display(), file.bytes.len() as f64 / 1e6);
         }

@@ -7,6 +7,9 @@ use wasm_bindgen_futures::JsFuture;
 use crate::js::thrown;
 use crate::{Error, Result};
 
+/// Bytes for which memory is taken before any of them has arrived.
+const UNSEEN: f64 = 67_108_864.0;
+
 #[wasm_bindgen]
 extern "C" {
     #[wasm_bindgen(catch)]
@@ -78,7 +81,7 @@ pub async fn download(
         Some(_) => None,
         None => headers.get("Content-Length").and_then(|length| length.parse::<f64>().ok()),
     };
-    let mut bytes = Vec::with_capacity(total.map_or(0, |total| total as usize));
+    let mut bytes = Vec::with_capacity(total.map_or(0, |total| total.min(UNSEEN) as usize));
     let Some(body) = response.body() else { return Ok(bytes) };
     let reader = body.reader();
     loop {

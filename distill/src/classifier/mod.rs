@@ -9,6 +9,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor, Var};
 use dmd_assets::CLASSIFIER_FASHION;
+use dmd_cli::files::temporary_folder;
 use dmd_core::net::shapes::{Summary, trace};
 use dmd_core::net::{Activation, Conv2d, GroupNorm, Linear, Ops, Pool};
 use serde::{Deserialize, Serialize};
@@ -258,13 +259,11 @@ impl Classifier {
 
     /// Writes a new folder, complete or not at all.
     pub fn save(&self, folder: &Path) -> Result<()> {
-        let partial = folder.with_extension("partial");
-        let _ = std::fs::remove_dir_all(&partial);
-        std::fs::create_dir_all(&partial).map_err(Error::file("create", &partial))?;
-        write_json(&partial.join("config.json"), &self.config)?;
-        write_json(&partial.join("card.json"), &self.card)?;
-        write_tensors(&partial.join(weights::NAMES[0]), &self.parameters, &[])?;
-        std::fs::rename(&partial, folder).map_err(Error::file("write", folder))
+        let partial = temporary_folder(folder).map_err(Error::file("create", folder))?;
+        write_json(&partial.path().join("config.json"), &self.config)?;
+        write_json(&partial.path().join("card.json"), &self.card)?;
+        write_tensors(&partial.path().join(weights::NAMES[0]), &self.parameters, &[])?;
+        std::fs::rename(partial.path(), folder).map_err(Error::file("write", folder))
     }
 }
 

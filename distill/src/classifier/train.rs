@@ -68,10 +68,18 @@ pub fn run(args: &ClassifierArgs) -> Result<()> {
     for data in [&train, &test] {
         data.check_labels(classes.len(), "classifier")?;
     }
+    let config = ClassifierConfig::new(train.shape, classes.len())?;
+    if train.len() < args.batch {
+        return Err(Error::Request(format!(
+            "got `--batch {}`, expected at most the {} training images of `{}`",
+            args.batch,
+            train.len(),
+            args.data
+        )));
+    }
     handle_interrupts();
     dmd_cli::say!("on {}", device::name(&device));
     let started = Instant::now();
-    let config = ClassifierConfig::new(train.shape, classes.len())?;
     let weights = fit(args, &config, &train, &device)?;
     let training = json!({
         "data": about, "images": train.len().min(args.limit.unwrap_or(train.len())),

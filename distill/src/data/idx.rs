@@ -15,9 +15,9 @@ use crate::files;
 const HEADER: u64 = 4 + 4 * 4;
 /// Bytes of a compressed file that surely hold the header.
 const HEAD: u64 = 1 << 12;
-/// How a gzip file begins.
 /// Bytes of data of the largest compressed file.
 const LARGEST: u64 = 1 << 32;
+/// How a gzip file begins.
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 
 /// Images and their labels.

@@ -27,7 +27,7 @@ const END: [u8; 4] = *b"PK\x05\x06";
 const LOCATOR: [u8; 4] = *b"PK\x06\x07";
 const LOCATOR_BYTES: usize = 20;
 /// Bytes from the end of a file, at least, in which its end record is looked for: the record and a comment of 2^16.
-const TAIL: usize = 1 << 17;
+const TAIL: usize = (1 << 16) + 64;
 /// Bytes that an entry takes in the directory of a zip file, at least.
 const ENTRY_BYTES: usize = 46;
 
@@ -86,9 +86,11 @@ fn read_archive(bytes: &[u8]) -> Result<Tensors> {
 fn open(bytes: &[u8]) -> Result<Archive<'_>> {
     for at in bytes.len().saturating_sub(TAIL)..bytes.len() {
         let Some((&END, record)) = bytes[at..].split_first_chunk() else { continue };
-        let Some(entries) = record.get(6..8).map(|n| u16::from_le_bytes([n[0], n[1]])) else { continue };
+        let Some(&[a, b, c, d]) = record.get(4..8) else { continue };
+        let (entries, on_this_disk) = (u16::from_le_bytes([c, d]), u16::from_le_bytes([a, b]));
         let counted = at.checked_sub(LOCATOR_BYTES).is_some_and(|at| bytes[at..].starts_with(&LOCATOR));
-        if usize::from(entries) > bytes.len() / ENTRY_BYTES && !(entries == u16::MAX && counted) {
+        let believed = entries == on_this_disk && !(entries == u16::MAX && counted);
+        if believed && usize::from(entries) > bytes.len() / ENTRY_BYTES {
             return broken(format!("it announces {entries} files, more than it has room for"));
         }
     }
