@@ -3,7 +3,7 @@
 
 mod draw;
 pub mod inception;
-mod npy;
+pub mod npy;
 mod pictures;
 mod scorer;
 mod subject;
