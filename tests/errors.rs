@@ -249,6 +249,8 @@ fn data_sets() -> Result<()> {
         fs::create_dir_all(cwd.join(part))?;
         GrayImage::from_pixel(4, 4, Luma([90])).save(cwd.join(part).join("b.png"))?;
     }
+    let nowhere = "dmd-distill classifier --data split --shape 1x28x28 --out split/train/class/a.png/c";
+    says(cwd, nowhere, &["cannot create `split/train/class/a.png/c`"])?;
     let problem = ["got `--batch 64`, expected at most the 2 training images of `split`"];
     says(cwd, &format!("{classifier} --shape 1x28x28"), &problem)
 }

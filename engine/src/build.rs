@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::kernels::norm::GroupNorm;
 use crate::kernels::pointwise::Unary;
-use crate::message::{Model, Node};
+use crate::message::{Model, Node, data_type};
 use crate::network::Input;
 use crate::operators::Operator;
 use crate::tensor::{Stored, count, numbers};
@@ -75,6 +75,8 @@ pub(crate) struct Builder {
     producers: Vec<Option<usize>>,
     /// Whether a value is read under several names.
     shared: Vec<bool>,
+    /// Whether a value is of a type of integers; all are computed as floats.
+    pub(crate) integers: Vec<bool>,
     sizes: Vec<usize>,
     /// Stored numbers that nodes have read so far; each may keep them in a form of its own.
     read: usize,
@@ -118,6 +120,10 @@ pub(crate) fn build(model: Model, inputs: &[Input], outputs: &[&str]) -> Result<
                 "got the input `{name}` of shape {shape:?}, expected at most {MAX_VALUES} numbers"
             )));
         }
+        let declared = graph.input.iter().find(|declared| declared.name == input.name);
+        let tensor = declared.and_then(|declared| declared.r#type.as_ref()?.tensor_type.as_ref());
+        builder.integers[flow.value] =
+            tensor.is_some_and(|tensor| data_type::INTEGERS.contains(&tensor.elem_type));
         values.push(flow.value);
         builder.names.insert(input.name.to_owned(), Value::Flow(flow));
     }
@@ -172,6 +178,7 @@ impl Builder {
         self.sizes.push(count(&shape).unwrap_or(usize::MAX));
         self.producers.push(producer);
         self.shared.push(false);
+        self.integers.push(false);
         Flow { value: self.sizes.len() - 1, shape }
     }
 
@@ -262,7 +269,10 @@ impl Builder {
         inputs: Vec<Operand>,
         shape: Vec<usize>,
     ) -> Flow {
+        let of_integers = |operand: &Operand| operand.value().is_some_and(|value| self.integers[value]);
+        let integers = !matches!(operator, Operator::Gather(_)) && inputs.iter().any(of_integers);
         let flow = self.value(shape, Some(self.steps.len()));
+        self.integers[flow.value] = integers;
         let name = if node.name.is_empty() { node.op_type.clone() } else { node.name.clone() };
         self.steps.push(Some(Step { operator, node: name, inputs, output: flow.value }));
         flow
@@ -275,6 +285,12 @@ impl Builder {
         }
         self.shared[flow.value] |= self.readers(node, 0) != 1;
         Ok(Flow { value: flow.value, shape })
+    }
+
+    /// The input number 0 under another name.
+    pub(crate) fn same(&mut self, node: &Node, flow: Flow) -> Result<Flow> {
+        let shape = flow.shape.clone();
+        self.reshaped(node, flow, shape)
     }
 
     /// How many nodes read the input number `index`, before this one or after it, and graph outputs.

@@ -22,7 +22,10 @@ impl Builder {
         let flow = match node.op_type.as_str() {
             "Constant" | "DequantizeLinear" => return self.known(node),
             "Cast" => return self.cast(node),
-            "Identity" => return self.input(node, 0),
+            "Identity" => match self.input(node, 0)? {
+                Value::Flow(flow) => self.same(node, flow)?,
+                stored => return Ok(stored),
+            },
             "Add" => self.binary(node, Binary::Add)?,
             "Sub" => self.binary(node, Binary::Sub)?,
             "Div" => self.binary(node, Binary::Div)?,
@@ -97,6 +100,7 @@ impl Builder {
             let value = value.ok_or_else(|| node.wrong("the attribute `value` is missing"))?;
             return Ok(Value::Stored(Arc::new(Stored::File(Box::new(value)))));
         }
+        node.only("block_size", 0)?;
         let (x, scale, zero) = (self.stored(node, 0)?, self.stored(node, 1)?, self.optional_stored(node, 2)?);
         let axis = node.axis(node.int("axis", 1), x.shape().len().max(2))?;
         let made = dequantize(&x, &scale, zero.as_deref(), axis).map_err(|e| node.wrong(e))?;
@@ -104,19 +108,21 @@ impl Builder {
     }
 
     fn cast(&mut self, node: &Node) -> Result<Value> {
+        use data_type::{FLOAT, INT32, INT64, UINT8};
         let to = node.int("to", 0);
         let to = i32::try_from(to).unwrap_or(0);
         match self.input(node, 0)? {
-            Value::Stored(stored) if to == data_type::FLOAT => {
+            Value::Stored(stored) if to == FLOAT => {
                 let values = stored.floats().map_err(|e| node.wrong(e))?.into_owned();
                 Ok(Value::Stored(Arc::new(Stored::Floats(stored.shape(), values))))
             }
-            Value::Flow(flow) if to == data_type::FLOAT => {
-                let shape = flow.shape.clone();
-                Ok(Value::Flow(self.reshaped(node, flow, shape)?))
+            Value::Flow(flow) if to == FLOAT && !self.integers[flow.value] => {
+                Ok(Value::Flow(self.same(node, flow)?))
             }
-            Value::Flow(_) if [data_type::INT64, data_type::INT32, data_type::UINT8].contains(&to) => {
-                Ok(Value::Flow(self.unary(node, Unary::Truncate)?))
+            Value::Flow(_) if [FLOAT, INT64, INT32, UINT8].contains(&to) => {
+                let whole = self.unary(node, Unary::Truncate)?;
+                self.integers[whole.value] = to != FLOAT;
+                Ok(Value::Flow(whole))
             }
             _ => Err(node
                 .wrong(format!("got a conversion to {}, which is not supported here", data_type::name(to)))),
@@ -129,9 +135,16 @@ impl Builder {
     }
 
     fn binary(&mut self, node: &Node, f: Binary) -> Result<Flow> {
+        let divides = matches!(f, Binary::Div);
         let operand = |value: Value| -> Result<(Operand, Vec<usize>)> {
             match value {
+                Value::Flow(flow) if divides && self.integers[flow.value] => {
+                    Err(node.wrong("got integers, expected floats"))
+                }
                 Value::Flow(flow) => Ok((Operand::Value(flow.value), flow.shape)),
+                Value::Stored(stored) if divides && stored.is_of_integers() => {
+                    Err(node.wrong("got integers, expected floats"))
+                }
                 Value::Stored(stored) => {
                     let values = stored.floats().map_err(|e| node.wrong(e))?;
                     Ok((Operand::Known(Arc::from(&values[..])), stored.shape()))
@@ -225,9 +238,9 @@ impl Builder {
     fn bias(&self, node: &Node, len: usize) -> Result<Vec<f32>> {
         match self.optional(node, 2)? {
             None => Ok(vec![0.0; len]),
-            Some(_) => match self.floats(node, 2)? {
-                bias if bias.len() == len => Ok(bias),
-                bias => Err(node.wrong(format!("got a bias of {} values, expected {len}", bias.len()))),
+            Some(_) => match &self.stored(node, 2)?.shape()[..] {
+                [n] | [1, n] if *n == len => self.floats(node, 2),
+                shape => Err(node.wrong(format!("got a bias of shape {shape:?}, expected [{len}]"))),
             },
         }
     }
@@ -314,8 +327,7 @@ impl Builder {
             shift[i] -= mean[i] * scale[i];
         }
         if self.fuse_affine(node, &x, &scale, &shift) {
-            let shape = x.shape.clone();
-            return self.reshaped(node, x, shape);
+            return self.same(node, x);
         }
         let operator = Operator::Affine { scale, shift, pixels, silu: false };
         Ok(self.step(node, operator, operands(&[&x]), x.shape))
@@ -355,6 +367,9 @@ impl Builder {
         node.only_text("mode", "nearest", "nearest")?;
         node.only_text("coordinate_transformation_mode", "half_pixel", "asymmetric")?;
         node.only_text("nearest_mode", "round_prefer_floor", "floor")?;
+        if node.sizes("axes")?.is_some_and(|axes| axes != [0, 1, 2, 3]) {
+            return Err(node.wrong("got `axes`, expected all in their order"));
+        }
         let scales = self.floats(node, 2)?;
         match (&x.shape[..], &scales[..]) {
             (&[n, c, h, w], &[1.0, 1.0, down, across])

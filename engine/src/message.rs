@@ -45,6 +45,9 @@ pub mod data_type {
     /// 4-bit float, two in a byte.
     pub const FLOAT4E2M1: i32 = 23;
 
+    /// Those of whole numbers.
+    pub const INTEGERS: [i32; 8] = [UINT8, INT8, UINT16, INT16, INT32, INT64, UINT32, UINT64];
+
     /// The names that ONNX gives to the numbers.
     const NAMES: [&str; 24] = [
         "no type",

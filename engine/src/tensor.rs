@@ -51,6 +51,11 @@ impl Stored {
         }
     }
 
+    /// Whether its type is one of integers.
+    pub fn is_of_integers(&self) -> bool {
+        matches!(self, Self::File(tensor) if data_type::INTEGERS.contains(&tensor.data_type))
+    }
+
     /// Its values as floats. 16-bit floats and integers are converted, the latter exactly up to 2^24.
     pub fn floats(&self) -> Result<Cow<'_, [f32]>, String> {
         let tensor = match self {
@@ -111,10 +116,11 @@ impl Stored {
 
 /// DequantizeLinear of stored values: `(x − zero)·scale`, with one scale for all or one per index of `axis`.
 pub fn dequantize(x: &Stored, scale: &Stored, zero: Option<&Stored>, axis: usize) -> Result<Stored, String> {
-    let (shape, mut values, scale) = (x.shape(), x.floats()?.into_owned(), scale.floats()?);
+    let (shape, mut values, per_row, scale) =
+        (x.shape(), x.floats()?.into_owned(), scale.shape(), scale.floats()?);
     let zero = zero.map(Stored::floats).transpose()?;
     let rows = if scale.len() == 1 { 1 } else { shape.get(axis).copied().unwrap_or(0) };
-    if rows != scale.len() || zero.as_ref().is_some_and(|z| z.len() != rows) {
+    if rows != scale.len() || per_row.len() > 1 || zero.as_ref().is_some_and(|z| z.len() != rows) {
         return Err(format!("got {} scales, expected 1 or one per index of axis {axis}", scale.len()));
     }
     let inner = if rows == 1 { values.len() } else { shape[axis + 1..].iter().product() };

@@ -108,7 +108,8 @@ fn active(activation: Activation, x: f32) -> f32 {
     let y = match activation {
         Activation::Silu => x * sigmoid(x),
         Activation::Gelu => 0.5 * x * (1.0 + libm::erf(x / std::f64::consts::SQRT_2)),
-        Activation::Relu => x.max(0.0),
+        Activation::Relu if x < 0.0 => 0.0,
+        Activation::Relu => x,
         Activation::Mish => x * libm::tanh(libm::log1p(libm::exp(x.min(700.0)))),
     };
     y as f32
@@ -260,7 +261,7 @@ impl Ops for Evaluate<'_> {
             let square = (0..size * size)
                 .map(|tap| x.data[plane * h * w + (y * size + tap / size) * w + column * size + tap % size]);
             data.push(match pool {
-                Pool::Max => square.fold(f32::NEG_INFINITY, f32::max),
+                Pool::Max => square.fold(f32::NEG_INFINITY, |a, b| if b > a || b.is_nan() { b } else { a }),
                 Pool::Average => (square.map(f64::from).sum::<f64>() / (size * size) as f64) as f32,
             });
         }

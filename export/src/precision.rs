@@ -105,7 +105,7 @@ impl Places {
         match precision {
             Precision::F32 | Precision::Qdq => None,
             Precision::F16 => half_precision(tensor),
-            Precision::Int8 => self.axes.get(&tensor.name).map(|axis| integers(tensor, *axis, LARGEST)),
+            Precision::Int8 => self.axes.get(&tensor.name).map(|axis| integers(tensor, *axis, LARGEST, &[])),
         }
     }
 }
@@ -146,14 +146,20 @@ fn half_precision(tensor: &TensorProto) -> Option<(Vec<TensorProto>, NodeProto)>
     Some((vec![stored(name, DataType::Float16, tensor.dims.clone(), bytes)], cast))
 }
 
-/// Symmetric: `round(w/scale)` with `scale = max|w|/largest` per index of `axis`.
-pub fn integers(tensor: &TensorProto, axis: i64, largest: f32) -> (Vec<TensorProto>, NodeProto) {
+/// Symmetric: `round(w/scale)` with `scale = max|w|/largest` per index of `axis`, but no less than `least` has for it.
+pub fn integers(
+    tensor: &TensorProto,
+    axis: i64,
+    largest: f32,
+    least: &[f32],
+) -> (Vec<TensorProto>, NodeProto) {
     let channel = channel(tensor, axis);
     let mut scales = vec![0.0f32; tensor.dims[axis as usize] as usize];
     for (i, value) in floats(tensor).enumerate() {
         let scale = &mut scales[channel(i)];
         *scale = scale.max(value.abs() / largest);
     }
+    scales.iter_mut().zip(least).for_each(|(scale, least)| *scale = scale.max(*least));
     scales.iter_mut().filter(|scale| **scale == 0.0).for_each(|scale| *scale = 1.0);
     let quantised = floats(tensor).enumerate().map(|(i, value)| (value / scales[channel(i)]).round() as i8);
     let bytes = quantised.map(|value| value as u8).collect();
@@ -179,11 +185,11 @@ mod tests {
     #[test]
     fn integers_have_a_scale_per_channel_of_either_axis() {
         let w = tensor(&[2, 2, 2], &[1.0, -2.0, 0.0, 0.0, 127.0, 63.5, 0.0, -0.4]);
-        let (constants, node) = integers(&w, 0, LARGEST);
+        let (constants, node) = integers(&w, 0, LARGEST, &[]);
         assert_eq!(constants[0].raw_data, [64u8, 129, 0, 0, 127, 64, 0, 0]);
         assert_eq!(floats(&constants[1]).collect::<Vec<_>>(), [2.0 / 127.0, 1.0]);
         assert_eq!((node.op_type.as_str(), node.output[0].as_str()), ("DequantizeLinear", "w"));
-        let (constants, _) = integers(&w, 1, LARGEST);
+        let (constants, _) = integers(&w, 1, LARGEST, &[]);
         assert_eq!(floats(&constants[1]).collect::<Vec<_>>(), [1.0, 0.4 / 127.0]);
         assert_eq!(constants[0].raw_data, [1u8, 254, 0, 0, 127, 64, 0, 129]);
     }

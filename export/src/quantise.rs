@@ -30,6 +30,8 @@ const TAIL: f64 = 5e-5;
 const LEVELS: f32 = 255.0;
 /// Largest 7-bit weight. AVX2 adds two products of u8 and i8 in 16 bits, where 8-bit weights saturate.
 const LARGEST_WEIGHT: f32 = 63.0;
+/// Largest bias in its steps: half of what 32 bits hold, the rest is for the sums it is added to.
+const LARGEST_BIAS: f32 = (1 << 30) as f32;
 
 /// How the range of an activation is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -116,10 +118,8 @@ fn write_integers(graph: &mut GraphProto, card: &ModelCard, method: Method) -> R
         let (input, output) = (node.input[0].clone(), node.output[0].clone());
         node.input[0] = writer.input(&input);
         if let Some(weight) = values.remove(&node.input[1]) {
-            let scales = writer.weight(&weight);
-            if let Some(bias) = node.input.get(2).and_then(|name| values.remove(name)) {
-                writer.bias(&bias, &input, &scales);
-            }
+            let bias = node.input.get(2).and_then(|name| values.remove(name));
+            writer.layer(&weight, bias.as_ref(), &input);
         }
         let exact = format!("{output}.exact");
         node.output[0].clone_from(&exact);
@@ -167,19 +167,16 @@ impl Writer {
         name
     }
 
-    /// Returns the scale per output channel.
-    fn weight(&mut self, weight: &TensorProto) -> Vec<f32> {
-        let (constants, node) = integers(weight, 0, LARGEST_WEIGHT);
-        let scales = floats(&constants[1]).collect();
+    /// Weights in 8 bits; the bias in 32, in steps of input and weight together. A channel of tiny weights has steps that are
+    /// large enough for its bias.
+    fn layer(&mut self, weight: &TensorProto, bias: Option<&TensorProto>, input: &str) {
+        let step = self.steps.get(input).map_or(1.0, |steps| steps.scale);
+        let least = bias.into_iter().flat_map(floats).map(|b| b.abs() / step / LARGEST_BIAS);
+        let (constants, node) = integers(weight, 0, LARGEST_WEIGHT, &least.collect::<Vec<_>>());
+        let steps: Vec<f32> = floats(&constants[1]).map(|scale| scale * step).collect();
         self.constants.extend(constants);
         self.nodes.push(node);
-        scales
-    }
-
-    /// In 32 bits, in steps of input and weight together.
-    fn bias(&mut self, bias: &TensorProto, input: &str, scales: &[f32]) {
-        let step = self.steps.get(input).map_or(1.0, |steps| steps.scale);
-        let steps: Vec<f32> = scales.iter().map(|scale| scale * step).collect();
+        let Some(bias) = bias else { return };
         let whole = floats(bias).zip(&steps).map(|(b, step)| (b / step).round() as i32);
         let bytes = whole.flat_map(i32::to_le_bytes).collect();
         let names = [format!("{}.int32", bias.name), format!("{}.scale", bias.name)];
@@ -330,6 +327,27 @@ impl Histogram {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bias_survives_beside_tiny_weights() {
+        let tensor = |name: &str, dims: &[i64], values: &[f32]| {
+            let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            stored(name.to_owned(), DataType::Float, dims.to_vec(), bytes)
+        };
+        let steps = [("x".to_owned(), Steps::new(-1.0, 1.0))].into();
+        let mut writer = Writer { steps, written: BTreeSet::new(), constants: Vec::new(), nodes: Vec::new() };
+        let biases = [0.5, -0.5, 0.0, 3.0];
+        let weight = tensor("w", &[4, 2], &[1e-12, -1e-12, 1.0, -0.25, 1e-12, 0.0, 0.0, 0.0]);
+        writer.layer(&weight, Some(&tensor("b", &[4], &biases)), "x");
+        let constant = |name: &str| writer.constants.iter().find(|c| c.name == name).unwrap();
+        let made =
+            whole_numbers(constant("b.int32")).zip(floats(constant("b.scale"))).map(|(b, s)| b as f32 * s);
+        for (made, bias) in made.zip(biases) {
+            assert!((made - bias).abs() <= 1e-2 * bias.abs(), "{made}, expected {bias}");
+        }
+        let kept: Vec<i32> = whole_numbers(constant("w.int8")).collect();
+        assert_eq!(kept[2..4], [LARGEST_WEIGHT as i32, -(LARGEST_WEIGHT / 4.0).round() as i32]);
+    }
 
     #[test]
     fn zero_is_exact_and_borders_are_kept() {

@@ -9,7 +9,10 @@ let runtime;
 
 /** Loads the build for this browser; `Generator` is its class. */
 export function init() {
-  runtime ??= start();
+  runtime ??= start().catch((error) => {
+    runtime = undefined; // the next call tries again
+    throw error;
+  });
   return runtime;
 }
 

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use clap::Args;
+use dmd_cli::files::temporary_folder;
 use serde_json::{Map, json};
 
 use super::{Classifier, ClassifierCard, ClassifierConfig, RANGE, forward, trainable};
@@ -114,6 +115,7 @@ fn check(args: &ClassifierArgs) -> Result<()> {
     if args.out.exists() {
         return Err(Error::content(&args.out, "it exists already\n\nhint: choose another `--out`"));
     }
+    drop(temporary_folder(&args.out).map_err(Error::file("create", &args.out))?);
     if args.epochs == 0 || args.batch == 0 || args.limit.is_some_and(|n| n < args.batch) {
         return Err(Error::Request(
             "`--epochs` and `--batch` must be at least 1, and `--limit` at least `--batch`".into(),

@@ -48,7 +48,7 @@ pub fn activate(x: &Images, activation: Activation) -> Images {
             || match activation {
                 Activation::Silu => y.iter_mut().for_each(|y| *y *= sigmoid(*y)),
                 Activation::Gelu => y.iter_mut().for_each(|y| *y *= normal_share(*y)),
-                Activation::Relu => y.iter_mut().for_each(|y| *y = if *y > 0.0 { *y } else { 0.0 }),
+                Activation::Relu => y.iter_mut().for_each(|y| *y = if *y < 0.0 { 0.0 } else { *y }),
                 Activation::Mish => y.iter_mut().for_each(|y| *y *= mish_share(*y)),
             },
         );
@@ -220,7 +220,10 @@ pub fn pool(x: &Images, pool: Pool, size: usize) -> Images {
                     for tap in square(i, size, width, x.w) {
                         let values = &values[tap * pixel..][..pixel];
                         match pool {
-                            Pool::Max => out.iter_mut().zip(values).for_each(|(out, v)| *out = out.max(*v)),
+                            Pool::Max => out.iter_mut().zip(values).for_each(|(out, v)| {
+                                // NaN stays.
+                                *out = if *v > *out || v.is_nan() { *v } else { *out };
+                            }),
                             Pool::Average => add_to(out, values),
                         }
                     }

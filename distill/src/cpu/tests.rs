@@ -170,6 +170,20 @@ fn operations_without_parameters_equal_their_compositions() {
     }
 }
 
+#[test]
+fn what_is_no_number_stays_none() {
+    for at in 0..4 {
+        let mut values = [1.0f32, -2.0, 3.0, 4.0];
+        values[at] = f32::NAN;
+        let x = [Tensor::from_slice(&values, (1, 1, 2, 2), &Device::Cpu).unwrap()];
+        let relu = apply(&x, &BTreeMap::new(), |ops, x| ops.activate(&x[0], Activation::Relu)).unwrap();
+        let pool = apply(&x, &BTreeMap::new(), |ops, x| ops.pool(&x[0], Pool::Max, 2)).unwrap();
+        for (what, y) in [("ReLU", relu), ("max pool", pool)] {
+            assert_eq!(flat(&y).iter().filter(|y| y.is_nan()).count(), 1, "{what} of {values:?}");
+        }
+    }
+}
+
 /// Layers before and after BatchNorm sum over lanes, so whatever it left in lanes without an image would show; running statistics
 /// agree too.
 #[test]

@@ -54,7 +54,7 @@ impl Unary {
             Self::Relu => each(
                 x,
                 #[inline(always)]
-                |x| x.max(0.0),
+                |x| if x < 0.0 { 0.0 } else { x },
             ),
             Self::Tanh => x.iter_mut().for_each(|x| *x = libm::tanhf(*x)),
             Self::Softplus => each(x, softplus),
@@ -79,7 +79,10 @@ impl Unary {
             Self::Clip(low, high) => each(
                 x,
                 #[inline(always)]
-                move |x| x.max(low).min(high),
+                move |x| {
+                    let x = if x < low { low } else { x };
+                    if x > high { high } else { x }
+                },
             ),
         }
     }

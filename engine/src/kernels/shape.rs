@@ -81,6 +81,11 @@ pub struct Pool {
     pub max: bool,
 }
 
+/// The larger of two numbers; NaN if one of them is.
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a || b.is_nan() { b } else { a }
+}
+
 impl Pool {
     /// Any number of images.
     pub fn run(&self, x: &[f32], out: &mut [f32]) {
@@ -97,7 +102,9 @@ impl Pool {
                         (false, 1) => out.iter_mut().zip(x).for_each(|(to, x)| *to += x),
                         (false, _) => out.iter_mut().zip(x.iter().step_by(step)).for_each(|(to, x)| *to += x),
                         (true, _) => {
-                            out.iter_mut().zip(x.iter().step_by(step)).for_each(|(to, x)| *to = to.max(*x));
+                            out.iter_mut()
+                                .zip(x.iter().step_by(step))
+                                .for_each(|(to, x)| *to = larger(*to, *x));
                         }
                     }
                 }
