@@ -88,7 +88,7 @@ fn nodes_of_other_forms_are_refused_by_name() -> Result<()> {
             vec![with(one("Transpose", &["z"]), vec![ints("perm", &[0, 1])])],
             "got `perm` [0, 1] for shape [1, 1, 4, 4]",
         ),
-        (vec![one("Conv", &["z", "k", "two"])], "got a bias of 2 values, expected 1"),
+        (vec![one("Conv", &["z", "k", "two"])], "got a bias of shape [2], expected [1]"),
         (
             vec![with(one("Conv", &["z", "k"]), vec![ints("strides", &[1])])],
             "got `strides` [1], expected two sizes",

@@ -2,6 +2,11 @@
 //! of any configuration that the exporter, folded and not, computes what training computes. The inputs are the same in every run;
 //! `DMD_PROPERTY_ROUNDS=100` tries a hundred times as many.
 
+#[expect(dead_code, reason = "one graph is built here")]
+mod models;
+#[expect(dead_code, reason = "one graph is built here")]
+mod nodes;
+
 use std::convert::Infallible;
 
 use anyhow::{Result, anyhow, ensure};
@@ -21,9 +26,15 @@ use dmd_distill::network::{Network, Tensors};
 use dmd_engine::message::Model;
 use dmd_engine::{Input, Network as Engine};
 use dmd_export::{Array, Checkpoint, Kind, evaluate, export};
+use dmd_runtime_native::{Batch, Generator, ModelFile, Options, Provider};
 use dmd_tests::{compare_scaled, seeded};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::{NodeProto, TensorProto};
+
+use crate::models::{model, node, port};
+use crate::nodes::{int, tensor, with};
 
 /// Tries `cases` inputs, and shrinks the first that fails.
 fn every<S: Strategy>(cases: u32, inputs: &S, holds: impl Fn(S::Value) -> Result<()>) -> Result<()> {
@@ -361,5 +372,70 @@ fn every_network_is_trained_evaluated_and_exported_alike() -> Result<()> {
             compare_scaled(&format!("{kind:?}, as trained"), &candle, &unfolded.data, 1e-5, 1e-5)?;
         }
         Ok(())
+    })
+}
+
+/// The nodes of one operator, or of several that the engine makes one, from the values `a` and `b` to `to`; all of shape `[1, 2, 4, 4]`.
+fn operator(kind: u8, a: &str, b: &str, to: &str) -> Vec<NodeProto> {
+    let inner = format!("{to}.inner");
+    match kind {
+        0 => vec![node("Neg", &[a], to)],
+        1 => vec![node("Sigmoid", &[a], to)],
+        2 => vec![node("Relu", &[a], to)],
+        3 => vec![node("Identity", &[a], to)],
+        4 => vec![with(node("Cast", &[a], to), vec![int("to", DataType::Float as i64)])],
+        5 => vec![node("Reshape", &[a, "image"], to)],
+        6 => vec![node("Add", &[a, b], to)],
+        7 => vec![node("Mul", &[a, b], to)],
+        8 => vec![node("InstanceNormalization", &[a, "scale", "shift"], to)],
+        9 => vec![node("BatchNormalization", &[a, "scale", "shift", "mean", "variance"], to)],
+        10 => vec![node("Sigmoid", &[a], &inner), node("Mul", &[a, &inner], to)],
+        11 => vec![node("Sigmoid", &[a], &inner), node("Mul", &[&inner, b], to)],
+        _ => vec![node("InstanceNormalization", &[a, "ones", "zeros"], to)],
+    }
+}
+
+/// Values that others read too, before and after, and under other names.
+#[test]
+fn every_graph_computes_what_tract_computes() -> Result<()> {
+    let numbers = |name: &str, values: [f32; 2]| TensorProto {
+        data_type: DataType::Float as i32,
+        int64_data: vec![],
+        float_data: values.to_vec(),
+        ..tensor(name, &[2], &[])
+    };
+    let options = Options { provider: Provider::Tract, threads: Some(1), ..Options::default() };
+    let shape = [1, 2, 4, 4];
+    let mut x = vec![0.0; 32];
+    standard_normal(8, 0, &mut x);
+    let graphs =
+        prop::collection::vec((0..14u8, any::<prop::sample::Index>(), any::<prop::sample::Index>()), 2..20);
+    every(400, &graphs, |graph| {
+        let mut names = vec!["z".to_owned()];
+        let mut nodes = vec![];
+        for (i, (kind, a, b)) in graph.iter().enumerate() {
+            // Most read what was computed last, as networks do.
+            let recent = names.len().saturating_sub(4);
+            let (a, b) = (a.get(&names[recent..]).clone(), b.get(&names[recent..]).clone());
+            let to = format!("v{i}");
+            nodes.extend(operator(*kind, &a, &b, &to));
+            names.push(to);
+        }
+        let [.., a, b] = &names[..] else { return Ok(()) };
+        nodes.push(node("Add", &[a, b], "y"));
+        let stored = vec![
+            tensor("image", &[4], &[0, 2, 4, 4]),
+            numbers("scale", [1.5, -0.5]),
+            numbers("shift", [0.25, 1.0]),
+            numbers("mean", [0.1, -0.2]),
+            numbers("variance", [0.5, 2.0]),
+            numbers("ones", [1.0, 1.0]),
+            numbers("zeros", [0.0, 0.0]),
+        ];
+        let port = |name| vec![port(name, &["n", "2", "4", "4"], DataType::Float)];
+        let bytes = model((port("z"), port("y")), nodes, stored, None);
+        let tract = Generator::load(ModelFile::parse("any", bytes.clone())?, &options)?;
+        let expected = tract.evaluate(&Batch { n: 1, x: &x, t: &[0.0], class: &[0] })?;
+        compare_scaled("a graph", &run(&bytes, &[(&shape, &x)])?, &expected, 1e-3, 1e-3)
     })
 }
